@@ -1,0 +1,3 @@
+"""From what people have to what training reads: raw rows → webdataset shards → energon."""
+
+SPLITS = ("train", "val", "test")

@@ -1,0 +1,153 @@
+import json
+
+import pytest
+from megatron.energon import (
+    Cooker,
+    DefaultTaskEncoder,
+    Sample,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_loader,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+
+from data_prep.energon import prepare
+from data_prep.shards import write_shards
+from data_prep.sources import fetch
+from vlmcore.errors import DataError
+
+
+@edataclass
+class RawConversation(Sample):
+    """A crude sample as it came: the conversation, and the bytes of its images."""
+
+    messages: list[dict]
+    images: list[bytes]
+
+
+@stateless
+def cook(crude):
+    conversation = json.loads(crude["json"])
+    return RawConversation(
+        **basic_sample_keys(crude),
+        messages=conversation["messages"],
+        images=[crude[name] for name in conversation["images"]],
+    )
+
+
+class RawEncoder(DefaultTaskEncoder):
+    """Hands samples on untouched."""
+
+    decoder = None
+    cookers = [Cooker(cook)]
+
+    def __init__(self):
+        super().__init__(raw_batch_type=list)
+
+
+def read_split(dataset, split, *, rank=0, world_size=1):
+    worker_config = WorkerConfig(rank=rank, world_size=world_size, num_workers=0)
+    loaded = get_val_dataset(
+        dataset,
+        split_part=split,
+        worker_config=worker_config,
+        batch_size=None,
+        task_encoder=RawEncoder(),
+    )
+    return list(get_loader(loaded))
+
+
+@pytest.fixture(scope="module")
+def prepared(numbers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    write_shards(numbers, folder / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(folder / "shards", folder / "energon")
+    return folder / "energon"
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_energon_reads_every_row_of_a_split_with_its_very_image_bytes(prepared, numbers, split):
+    rows = [json.loads(line) for line in (numbers / f"{split}.jsonl").read_text().splitlines()]
+    samples = {sample.__key__: sample for sample in read_split(prepared, split)}
+    assert list(samples) == [row["id"] for row in rows]
+    for row in rows:
+        sample = samples[row["id"]]
+        assert sample.messages == row["messages"]
+        assert sample.images == [(numbers / name).read_bytes() for name in row["images"]]
+
+
+def test_the_training_loader_reads_each_sample_once_an_epoch(prepared):
+    loaded = get_train_dataset(
+        prepared,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=None,
+        shuffle_buffer_size=16,
+        max_samples_per_sequence=8,
+        repeat=False,
+        task_encoder=RawEncoder(),
+    )
+    keys = [sample.__key__ for sample in get_loader(loaded)]
+    assert sorted(keys) == [f"train-{number:06d}" for number in range(1, 41)]
+    assert keys != sorted(keys)
+
+
+def test_ranks_share_the_samples_of_a_single_shard(prepared):
+    keys = [
+        [sample.__key__ for sample in read_split(prepared, "train", rank=rank, world_size=3)]
+        for rank in range(3)
+    ]
+    assert [len(mine) for mine in keys] == [14, 13, 13]
+    assert len({key for mine in keys for key in mine}) == 40
+
+
+def test_text_alone_is_read_like_the_rest(tmp_path):
+    fetch("builtin:written_numbers", tmp_path / "raw", options={"train": 9, "val": 0}, seed=0)
+    (tmp_path / "raw" / "val.jsonl").unlink()
+    write_shards(tmp_path / "raw", tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "energon")
+    samples = read_split(tmp_path / "energon", "train")
+    assert len(samples) == 9
+    assert all(sample.images == [] and len(sample.messages) == 2 for sample in samples)
+
+
+def test_several_images_come_back_in_the_order_of_their_tags(make_raw, row, tmp_path):
+    names = [f"images/{'ab'[n % 2]}.{['png', 'jpg'][n % 2]}" for n in range(12)]
+    raw = make_raw(train=[row("<image>" * 12, images=names)])
+    write_shards(raw, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "energon")
+    (sample,) = read_split(tmp_path / "energon", "train")
+    assert sample.images == [(raw / name).read_bytes() for name in names]
+
+
+def test_preparing_twice_gives_the_same_bytes_and_links_the_shards(numbers, tmp_path, tree_digest):
+    write_shards(
+        numbers, tmp_path / "shards", max_bad_ratio=0, num_workers=1, max_samples_per_shard=9
+    )
+    for name in ("one", "two"):
+        prepare(tmp_path / "shards", tmp_path / name)
+    assert tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two")
+    assert (tmp_path / "one/val-000000.tar").samefile(tmp_path / "shards/val-000000.tar")
+
+
+def test_nothing_reaches_standard_output(numbers, tmp_path, capsys):
+    write_shards(numbers, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "energon")
+    assert capsys.readouterr().out == ""
+
+
+def test_shards_without_a_report_are_not_taken_for_whole(numbers, tmp_path):
+    write_shards(numbers, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    (tmp_path / "shards" / "report.json").unlink()
+    with pytest.raises(DataError, match="not written to the end"):
+        prepare(tmp_path / "shards", tmp_path / "energon")
+
+
+def test_a_count_that_differs_from_what_was_written_is_an_error(numbers, tmp_path):
+    write_shards(numbers, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    report = tmp_path / "shards" / "report.json"
+    report.write_text(report.read_text().replace('"val": 6', '"val": 7'))
+    with pytest.raises(DataError, match="finds 6 samples in split val, 7 were written"):
+        prepare(tmp_path / "shards", tmp_path / "energon")

@@ -1,0 +1,127 @@
+"""The one place where Megatron-Core is taught to run without CUDA.
+
+`install()` does nothing where CUDA is there. Otherwise it makes the calls that Megatron-Core 0.16
+sends to `torch.cuda` land on the CPU: device arguments, streams and events, RNG state, and the
+places where Megatron asks a tensor for its CUDA type name. It ends when Megatron-Core takes the
+device from its config instead of from `torch.cuda`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_mode: TorchFunctionMode | None = None
+
+
+def install() -> None:
+    """Teaches this process; safe to call twice. Call before Megatron modules are built."""
+    global _mode
+    if torch.cuda.is_available() or _mode is not None:
+        return
+    _replace_cuda_calls()
+    _replace_megatron_calls()
+    _mode = _CudaIsCpu()
+    _mode.__enter__()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _names_cuda(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, int) or (isinstance(value, str) and value.startswith("cuda"))
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """Every torch call with a CUDA device, pinned memory or a stream runs on the CPU instead."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if _names_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func in (Tensor.cuda, Tensor.pin_memory):
+            return args[0]
+        if func is Tensor.record_stream:
+            return None
+        if func is Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            # the optimizers compare with "torch.cuda.FloatTensor"
+            return func(*args).replace("torch.", "torch.cuda.")
+        return func(*args, **kwargs)
+
+
+class _Event:
+    """A CUDA event where everything has already happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+class _Stream(_Event):
+    """A CUDA stream where everything has already happened."""
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+
+@contextlib.contextmanager
+def _same_stream(_: Any) -> Iterator[None]:
+    yield
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _replace_cuda_calls() -> None:
+    cuda: Any = torch.cuda
+    stream = _Stream()
+    cuda.current_device = lambda: torch.device("cpu")
+    for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
+        setattr(cuda, name, _nothing)
+    cuda.Stream, cuda.Event, cuda.stream = _Stream, _Event, _same_stream
+    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = cuda.manual_seed_all = torch.manual_seed
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+
+
+def _replace_megatron_calls() -> None:
+    from megatron.core.tensor_parallel import random as tp_random
+
+    module: Any = tp_random
+    module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

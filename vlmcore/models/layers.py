@@ -1,0 +1,169 @@
+"""Layers that Megatron-Core leaves to TransformerEngine: RMSNorm, core attention, rotary positions.
+
+They run on CPU and GPU and follow Megatron's constructor signatures (megatron-core 0.16).
+
+Shape suffixes: S tokens of a row, B rows, N query heads, G kv heads, D head dim, P rows of a padded
+group, L its length, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from vlmcore import megatron_cpu
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in fp32, as transformers computes it.
+
+    Under sequence parallelism its gradient is summed over the tensor parallel group, which
+    Megatron-Core does for parameters marked `sequence_parallel`.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        place = "cpu" if config.use_cpu_initialization else megatron_cpu.device()
+        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=place)
+        self.weight = nn.Parameter(weight)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class PackedAttention(nn.Module):
+    """Causal grouped-query attention over rows that hold several samples.
+
+    The row stays [S, B, heads, D] (`qkv_format="sbhd"`), so that rotary positions apply to it
+    directly; `cu_seqlens_q` says where each sample begins. Samples of similar length are padded
+    together and run as one batched causal call: padding sits on the right, where a causal mask
+    never looks, so there is no T × T mask and at most twice the work.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Context [S, B, N · D]."""
+        if packed_seq_params is None:
+            query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+            context = self._attend(query, key, value).permute(2, 0, 1, 3)
+            return context.flatten(2)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        out = torch.empty_like(query_SBND[:, 0])
+        for index_PL in _groups_of_similar_length(lengths, device=query_SBND.device):
+            query, key, value = (
+                x[:, 0][index_PL].transpose(1, 2) for x in (query_SBND, key_SBGD, value_SBGD)
+            )
+            context = self._attend(query, key, value).transpose(1, 2)
+            # padding points at the sample's last token; writing the real token last keeps it exact
+            real = _real_positions(index_PL)
+            out = out.index_put((index_PL[real],), context[real])
+        return out.flatten(1).unsqueeze(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+def _groups_of_similar_length(lengths: Sequence[int], *, device: torch.device) -> list[Tensor]:
+    """Token indices [P, L] of samples whose lengths share a power of two, padded by repetition."""
+    groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    start = 0
+    for length in lengths:
+        if length:
+            groups[(length - 1).bit_length()].append((start, length))
+        start += length
+    indices = []
+    for members in groups.values():
+        longest = max(length for _, length in members)
+        starts = torch.tensor([s for s, _ in members])[:, None]
+        ends = torch.tensor([s + n - 1 for s, n in members])[:, None]
+        indices.append(torch.minimum(starts + torch.arange(longest), ends).to(device))
+    return indices
+
+
+def _real_positions(index_PL: Tensor) -> Tensor:
+    """Mask [P, L] of what is no padding: each index's first occurrence in its row."""
+    first = torch.ones_like(index_PL[:, :1], dtype=torch.bool)
+    return torch.cat([first, index_PL[:, 1:] > index_PL[:, :-1]], dim=1)
+
+
+class PositionRotary(nn.Module):
+    """Rotary angles from explicit (temporal, height, width) positions; stands in for Megatron's.
+
+    Text-only models pass one position three times. `interleaved` spreads the three over the
+    frequencies in turn (Qwen3-VL); otherwise each owns a contiguous section (Qwen2.5-VL).
+    Source of both layouts: transformers 5.19, modeling_qwen3_vl and modeling_qwen2_5_vl.
+    """
+
+    def __init__(
+        self, *, kv_channels: int, rotary_base: float, section: Sequence[int], interleaved: bool
+    ) -> None:
+        super().__init__()
+        if sum(section) != kv_channels // 2:
+            raise ValueError(
+                f"mrope_section {tuple(section)} sums to {sum(section)}, expected "
+                f"kv_channels / 2 = {kv_channels // 2}"
+            )
+        exponent = torch.arange(0, kv_channels, 2, dtype=torch.float32, device="cpu") / kv_channels
+        self.inv_freq = 1.0 / rotary_base**exponent
+        self.owner = _frequency_owner(section, interleaved=interleaved)
+
+    def forward(self, position_ids: Tensor, mrope_section: Any = None, **_: Any) -> Tensor:
+        """Angles [S, B, 1, D] for position ids [3, B, S]; the section is fixed at construction."""
+        inv_freq = self.inv_freq.to(position_ids.device)
+        angles = position_ids[..., None].float() * inv_freq  # [3, B, S, D / 2]
+        owner = self.owner.to(position_ids.device)
+        mixed = angles.movedim(0, -1).gather(
+            -1, owner.expand(*angles.shape[1:])[..., None]
+        )[..., 0]  # fmt: skip
+        return torch.cat([mixed, mixed], dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
+
+
+def _frequency_owner(section: Sequence[int], *, interleaved: bool) -> Tensor:
+    """Which position (0 temporal, 1 height, 2 width) drives each of the D / 2 frequencies."""
+    if not interleaved:
+        return torch.repeat_interleave(torch.arange(3), torch.tensor(list(section)))
+    owner = torch.zeros(sum(section), dtype=torch.long)
+    for axis in (1, 2):
+        owner[axis : section[axis] * 3 : 3] = axis
+    return owner

@@ -1,0 +1,407 @@
+"""What a recipe may say: frozen pydantic models whose field names are ms-swift's and Megatron's.
+
+A field marked `operational` changes how a stage runs (worker counts, ports, log intervals), never
+what it produces; such fields stay out of the artifact key (see `content_params`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from vlmcore.recipe.gates import parse_gate
+
+StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+Operational = partial(Field, json_schema_extra={"operational": True})
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# The path of the field to mend, seen from the section that checks, and a sentence.
+CrossFieldFault = tuple[tuple[str | int, ...], str]
+
+
+class CrossFieldError(ValueError):
+    """Fields that are right each by itself but not together; holds every such fault."""
+
+    def __init__(self, faults: Sequence[CrossFieldFault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__(
+            "; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in self.faults)
+        )
+
+
+def _parseable(gate: str) -> str:
+    parse_gate(gate)
+    return gate
+
+
+GateText = Annotated[str, AfterValidator(_parseable)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown fields are refused, values never change after loading."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    def content_params(self) -> dict[str, Any]:
+        """JSON values of the fields that decide what is produced; operational ones left out."""
+        values = self.model_dump(mode="json")
+        return {name: values[name] for name in values if not _is_operational(type(self), name)}
+
+
+def _is_operational(model: type[BaseModel], name: str) -> bool:
+    extra = model.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+class Model(Section):
+    """The two donors: a vision-language model, and optionally the LLM that replaces its own."""
+
+    vlm: str = Field(
+        description="Donor of the vision tower, the processor and the shell: an HF id, `path:DIR` "
+        "or `builtin:NAME`."
+    )
+    llm: str | None = Field(
+        default=None, description="Donor LLM put into the shell, named likewise; empty: no swap."
+    )
+
+
+class Dataset(Section):
+    """One source of conversations and what becomes of it."""
+
+    source: str = Field(description="`builtin:NAME` or `path:DIR_OR_JSONL`.")
+    format: Literal["messages"] = Field(
+        default="messages", description="Layout of the raw rows: `messages` is ms-swift's JSONL."
+    )
+    options: dict[str, int | float | str | bool] = Field(
+        default_factory=dict, description="Options of a builtin source, such as num_train."
+    )
+    max_bad_ratio: Fraction = Field(
+        default=0.01, description="Share of unusable rows (0 to 1) past which the stage stops."
+    )
+    max_samples_per_shard: int = Field(
+        default=10_000, gt=0, description="Samples in one webdataset shard at most."
+    )
+    num_workers: int = Operational(
+        default=2, gt=0, description="Processes that write shards; does not change the result."
+    )
+
+
+class Convert(Section):
+    """HF safetensors to Megatron-Core torch_dist, and the precision test that follows."""
+
+    check: bool = Field(default=True, description="Compare HF and Megatron-Core logits in fp32.")
+    tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        description="Largest absolute logit difference that passes; fp32 sums in another order "
+        "differ by about 1e-6 at logits near 1.",
+    )
+    tensor_model_parallel_size: tuple[int, ...] = Field(
+        default=(1, 2), min_length=1, description="Tensor parallel sizes that the test runs at."
+    )
+
+
+class TrainStage(Section):
+    """One training stage; engines read the same fields."""
+
+    # what
+    name: StageName = Field(description="Name of the stage: `train.<name>`, `export.<name>` …")
+    task: Literal["pt", "sft"] = Field(
+        default="sft", description="`pt`: loss on all text; `sft`: loss on assistant turns only."
+    )
+    engine: Literal["megatron"] = Field(
+        default="megatron", description="`megatron`: Megatron-Core under torchrun."
+    )
+    model: Literal["vlm", "llm"] = Field(
+        default="vlm",
+        description="`vlm`: the (swapped) vision-language model; `llm`: the LLM donor, before the "
+        "swap.",
+    )
+    data: tuple[str, ...] = Field(min_length=1, description="Names of datasets under `data:`.")
+    tuner_type: Literal["full"] = Field(default="full", description="`full`: all unfrozen weights.")
+    freeze_vit: bool = Field(default=False, description="Keep the vision tower as it is.")
+    freeze_aligner: bool = Field(default=False, description="Keep the merger(s) as they are.")
+    freeze_llm: bool = Field(default=False, description="Keep the language model as it is.")
+    seed: int = Field(default=1234, ge=0, description="Seed of data order and initialisation.")
+
+    # how long
+    train_iters: int = Field(gt=0, description="Optimizer steps.")
+    micro_batch_size: int = Field(
+        default=1, gt=0, description="Rows a rank computes at once; 1 with packing."
+    )
+    global_batch_size: int = Field(
+        default=1, gt=0, description="Rows of one optimizer step over all ranks; packed rows count."
+    )
+    max_length: int = Field(
+        default=2048, gt=0, description="Tokens in a row; longer samples are dropped and counted."
+    )
+    packing: bool = Field(
+        default=True, description="Fill each row with several samples that do not see each other."
+    )
+    packing_buffer_size: int = Field(
+        default=256, gt=0, description="Samples the packer looks at together."
+    )
+    max_pixels: int | None = Field(
+        default=None, gt=0, description="Pixels of an image at most; empty: the processor's own."
+    )
+
+    # optimizer and schedule
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Shape of the schedule after warm-up."
+    )
+    lr_warmup_fraction: Fraction = Field(
+        default=0.05, description="Share of train_iters spent warming up (0 to 1)."
+    )
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2.")
+    adam_eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
+    clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm at most; 0: off.")
+    torch_dtype: Literal["float32", "bfloat16"] = Field(
+        default="bfloat16", description="Dtype of weights and activations."
+    )
+
+    # layout
+    nproc_per_node: int = Field(default=1, gt=0, description="Ranks that torchrun starts.")
+    tensor_model_parallel_size: int = Field(default=1, gt=0, description="Tensor parallel size.")
+    sequence_parallel: bool = Field(
+        default=False, description="Split norms and dropout over the tensor parallel ranks too."
+    )
+
+    # running it
+    save_interval: int = Operational(
+        default=100, gt=0, description="Steps between checkpoints a killed run goes on from."
+    )
+    log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
+    num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainStage:
+        faults = [*self._freeze_faults(), *self._layout_faults()]
+        if self.min_lr > self.learning_rate:
+            text = f"{self.min_lr} is above learning_rate {self.learning_rate}; lower it"
+            faults.append((("min_lr",), text))
+        if faults:
+            raise CrossFieldError(faults)
+        return self
+
+    def _freeze_faults(self) -> list[CrossFieldFault]:
+        groups = {"freeze_llm": self.freeze_llm}
+        if self.model == "vlm":
+            groups |= {"freeze_vit": self.freeze_vit, "freeze_aligner": self.freeze_aligner}
+        if not all(groups.values()):
+            return []
+        names = " and ".join(sorted(groups))
+        verb = "is" if len(groups) == 1 else "are all"
+        text = f"nothing is trainable: {names} {verb} true; set one to false"
+        return [(("freeze_llm",), text)]
+
+    def _layout_faults(self) -> list[CrossFieldFault]:
+        faults: list[CrossFieldFault] = []
+        tensor = self.tensor_model_parallel_size
+        if self.nproc_per_node % tensor:
+            text = f"{tensor} does not divide nproc_per_node {self.nproc_per_node}; use a divisor"
+            faults.append((("tensor_model_parallel_size",), text))
+        elif self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
+            rows = f"{self.micro_batch_size} × {self.data_parallel_size}"
+            text = (
+                f"{self.global_batch_size} is no multiple of micro_batch_size × data parallel size "
+                f"= {rows}; use a multiple"
+            )
+            faults.append((("global_batch_size",), text))
+        if self.packing and self.micro_batch_size != 1:
+            text = (
+                "packing makes one row of max_length tokens a micro batch: must be 1, found "
+                f"{self.micro_batch_size}; raise max_length instead, or set packing to false"
+            )
+            faults.append((("micro_batch_size",), text))
+        if self.sequence_parallel and tensor == 1:
+            text = "needs tensor_model_parallel_size > 1; set it to false"
+            faults.append((("sequence_parallel",), text))
+        return faults
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that read different data."""
+        return self.nproc_per_node // self.tensor_model_parallel_size
+
+
+class Export(Section):
+    """The HF checkpoint that a trained stage becomes."""
+
+    dtype: Dtype = Field(default="bfloat16", description="Dtype of the saved weights.")
+    max_shard_size: str = Field(
+        default="4GB",
+        pattern=r"^\d+(\.\d+)?\s*[KMG]B$",
+        description="Largest safetensors file, such as 4GB.",
+    )
+
+
+class Serve(Section):
+    """How a checkpoint is served while it is scored."""
+
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        default="auto", description="`auto`: vLLM where it is installed, else transformers serve."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Dtype the server computes in; auto: the checkpoint's."
+    )
+    max_model_len: int = Field(default=8192, gt=0, description="Tokens of a request at most.")
+    limit_mm_per_prompt: dict[Literal["image", "video", "audio"], int] = Field(
+        default={"image": 1, "video": 0},
+        description="Images, videos and audios in one prompt at most.",
+    )
+    enforce_eager: bool = Field(default=False, description="vLLM: skip graph capture and compile.")
+    extra_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Further vLLM flags, such as {tensor-parallel-size: 2}."
+    )
+    host: str = Operational(default="127.0.0.1", description="Address the server listens on.")
+    port: int | None = Operational(
+        default=None, ge=1, le=65535, description="Port of the server; empty: any free one."
+    )
+    startup_timeout_s: float = Operational(
+        default=900, gt=0, description="Seconds until a server that is not ready counts as failed."
+    )
+
+
+class Evaluate(Section):
+    """One benchmark, scored through the served model's OpenAI API."""
+
+    benchmark: StageName = Field(description="Name under which the score appears, e.g. holdout.")
+    data: str | None = Field(
+        default=None, description="Dataset under `data:` whose held-out split is asked."
+    )
+    split: Literal["test", "val"] = Field(default="test", description="Which held-out split.")
+    metric: Literal["exact_match"] = Field(default="exact_match", description="How it is scored.")
+    checkpoints: tuple[StageName, ...] = Field(
+        default=(),
+        description="What is scored: names of train stages, or `swap` for the model before any "
+        "training; empty: the last stage.",
+    )
+    limit: int | None = Field(default=None, gt=0, description="Samples asked at most; empty: all.")
+    max_tokens: int = Field(default=64, gt=0, description="Tokens of an answer at most.")
+    concurrency: int = Operational(default=16, gt=0, description="Requests in flight.")
+
+
+class Recipe(Section):
+    """A whole pipeline: two donors, data, stages, export, serving, benchmarks, gates."""
+
+    name: StageName = Field(description="Name of the recipe; runs and reports carry it.")
+    seed: int = Field(default=1234, ge=0, description="Seed of everything that is not a stage's.")
+    model: Model = Field(description="The donors.")
+    data: dict[StageName, Dataset] = Field(min_length=1, description="Datasets by name.")
+    convert: Convert = Field(default_factory=Convert, description="HF to Megatron-Core.")
+    train: tuple[TrainStage, ...] = Field(min_length=1, description="Stages, in their order.")
+    export: Export = Field(default_factory=Export, description="Back to HF safetensors.")
+    serve: Serve = Field(default_factory=Serve, description="The model server.")
+    evaluate: tuple[Evaluate, ...] = Field(default=(), description="Benchmarks.")
+    gates: tuple[GateText, ...] = Field(
+        default=(),
+        description="Conditions on scores, `[checkpoint.]benchmark.metric >= value`; a missed one "
+        "ends the run with exit code 3. No checkpoint: the last one that the benchmark scores.",
+    )
+
+    @model_validator(mode="after")
+    def _references(self) -> Recipe:
+        faults = [*self._train_faults(), *self._evaluate_faults(), *self._gate_faults()]
+        if faults:
+            raise CrossFieldError(faults)
+        return self
+
+    def _train_faults(self) -> list[CrossFieldFault]:
+        faults: list[CrossFieldFault] = []
+        names = [stage.name for stage in self.train]
+        models = [stage.model for stage in self.train]
+        for index, stage in enumerate(self.train):
+            if stage.name in names[:index]:
+                faults.append((("train", index), f"a second stage named {stage.name}; rename it"))
+            if stage.name == "swap":
+                text = "`swap` names the checkpoint before training; pick another name"
+                faults.append((("train", index, "name"), text))
+            faults += [
+                (("train", index, "data"), self._no_dataset(name))
+                for name in stage.data
+                if name not in self.data
+            ]
+            if stage.model == "llm" and self.model.llm is None:
+                text = "`llm` is trained, but model.llm is empty; name a donor LLM"
+                faults.append((("train", index, "model"), text))
+            if stage.model == "llm" and "vlm" in models[:index]:
+                text = "stages with `model: llm` come before the swap; move this one to the front"
+                faults.append((("train", index, "model"), text))
+        return faults
+
+    def _evaluate_faults(self) -> list[CrossFieldFault]:
+        faults: list[CrossFieldFault] = []
+        names = [entry.benchmark for entry in self.evaluate]
+        for index, entry in enumerate(self.evaluate):
+            if entry.benchmark in names[:index]:
+                text = f"a second benchmark named {entry.benchmark}; rename it"
+                faults.append((("evaluate", index), text))
+            if entry.data is None:
+                text = f"empty; name a dataset under `data:` ({_listed(self.data)})"
+                faults.append((("evaluate", index, "data"), text))
+            elif entry.data not in self.data:
+                faults.append((("evaluate", index, "data"), self._no_dataset(entry.data)))
+            faults += [
+                (
+                    ("evaluate", index, "checkpoints"),
+                    f"checkpoint {name!r} is none of {_listed(self.checkpoints)}",
+                )
+                for name in entry.checkpoints
+                if name not in self.checkpoints
+            ]
+        return faults
+
+    def _gate_faults(self) -> list[CrossFieldFault]:
+        faults: list[CrossFieldFault] = []
+        entries = {entry.benchmark: entry for entry in self.evaluate}
+        for index, text in enumerate(self.gates):
+            gate = parse_gate(text)
+            entry = entries.get(gate.benchmark)
+            where = ("gates", index)
+            if entry is None:
+                found = f"benchmark {gate.benchmark!r} is none of {_listed(entries)}"
+                faults.append((where, f"gate {text!r}: {found}; add it under `evaluate:`"))
+                continue
+            if gate.metric != entry.metric:
+                found = f"benchmark {gate.benchmark} gives {entry.metric}, not {gate.metric!r}"
+                faults.append((where, f"gate {text!r}: {found}"))
+            scored = self.scored_checkpoints(entry)
+            if gate.checkpoint is not None and gate.checkpoint not in scored:
+                found = f"benchmark {gate.benchmark} does not score checkpoint {gate.checkpoint!r}"
+                remedy = f"it scores {_listed(scored)}; add it to its checkpoints"
+                faults.append((where, f"gate {text!r}: {found}; {remedy}"))
+        return faults
+
+    def _no_dataset(self, name: str) -> str:
+        return f"dataset {name!r} is not under `data:` ({_listed(self.data)})"
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of the vision-language checkpoints, in the order they come about."""
+        return ("swap", *(stage.name for stage in self.train if stage.model == "vlm"))
+
+    def scored_checkpoints(self, entry: Evaluate) -> tuple[str, ...]:
+        """Names of the checkpoints that a benchmark scores: those it lists, else the last one."""
+        return entry.checkpoints or self.checkpoints[-1:]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"

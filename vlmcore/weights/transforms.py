@@ -1,0 +1,38 @@
+"""Pure tensor transforms between HF and Megatron-Core layouts; both directions side by side.
+
+Layout differences handled here:
+- q, k, v: HF keeps three matrices ordered by head; Megatron-Core interleaves them by kv group, so
+  that tensor parallel ranks cut between groups (megatron-core 0.16, SelfAttention).
+
+Shape suffixes: N query heads, G kv groups, Q = N / G query heads a group, D head dim, R = rows of
+the fused matrix (G · (Q + 2) · D), `…` the trailing dimension H of a weight, none for a bias.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fuse_qkv(q: Tensor, k: Tensor, v: Tensor, *, num_query_groups: int, kv_channels: int) -> Tensor:
+    """HF's q [N·D, …], k and v [G·D, …] as Megatron's interleaved [R, …]."""
+    groups, dim = num_query_groups, kv_channels
+    rest = q.shape[1:]
+    fused = torch.cat(
+        [
+            q.reshape(groups, -1, *rest),
+            k.reshape(groups, dim, *rest),
+            v.reshape(groups, dim, *rest),
+        ],
+        dim=1,
+    )
+    return fused.reshape(-1, *rest)
+
+
+def split_qkv(
+    fused: Tensor, *, num_query_groups: int, kv_channels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Megatron's interleaved [R, …] as HF's q [N·D, …], k and v [G·D, …]."""
+    groups, dim = num_query_groups, kv_channels
+    rest = fused.shape[1:]
+    by_group = fused.reshape(groups, -1, *rest)
+    q, k, v = by_group.split([by_group.shape[1] - 2 * dim, dim, dim], dim=1)
+    return tuple(part.reshape(-1, *rest) for part in (q, k, v))  # type: ignore[return-value]
