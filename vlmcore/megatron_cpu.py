@@ -9,6 +9,7 @@ device from its config instead of from `torch.cuda`.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,8 @@ def install() -> None:
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return
+    # compiling Megatron's small fused functions for a CPU costs minutes and gains nothing
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _replace_cuda_calls()
     _replace_megatron_calls()
     _mode = _CudaIsCpu()
@@ -102,7 +105,9 @@ def _same_stream(_: Any) -> Iterator[None]:
     yield
 
 
-def _nothing(*_: Any, **__: Any) -> None: ...
+def _no_op() -> Callable[..., None]:
+    """A new function that does nothing; torch's tracer wants a different one for each name."""
+    return lambda *_, **__: None
 
 
 def _replace_cuda_calls() -> None:
@@ -110,13 +115,14 @@ def _replace_cuda_calls() -> None:
     stream = _Stream()
     cuda.current_device = lambda: torch.device("cpu")
     for name in ("synchronize", "empty_cache", "set_device", "set_stream"):
-        setattr(cuda, name, _nothing)
+        setattr(cuda, name, _no_op())
     cuda.Stream, cuda.Event, cuda.stream = _Stream, _Event, _same_stream
-    cuda.current_stream = cuda.default_stream = lambda *_, **__: stream
+    cuda.current_stream = lambda *_, **__: stream
+    cuda.default_stream = lambda *_, **__: stream
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    cuda.manual_seed = cuda.manual_seed_all = torch.manual_seed
-    cuda.nvtx.range_push = cuda.nvtx.range_pop = _nothing
+    cuda.manual_seed = torch.manual_seed
+    cuda.nvtx.range_push, cuda.nvtx.range_pop = _no_op(), _no_op()
 
 
 def _replace_megatron_calls() -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks asked of a served model (`score`), and the conditions on their scores (`gates`)."""

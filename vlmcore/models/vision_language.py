@@ -40,6 +40,7 @@ class VisionLanguageModel(MegatronModule):
         image_token_id: int,
     ) -> None:
         super().__init__(config)
+        self.model_type = language_model.model_type  # the schedules ask for it
         self.language_model = language_model
         self.vision_model = vision_model
         self.image_token_id = image_token_id

@@ -22,6 +22,8 @@ from pydantic import (
 from vlmcore.recipe.gates import parse_gate
 
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+BenchmarkName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Source = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 Operational = partial(Field, json_schema_extra={"operational": True})
@@ -70,11 +72,11 @@ def _is_operational(model: type[BaseModel], name: str) -> bool:
 class Model(Section):
     """The two donors: a vision-language model, and optionally the LLM that replaces its own."""
 
-    vlm: str = Field(
+    vlm: Source = Field(
         description="Donor of the vision tower, the processor and the shell: an HF id, `path:DIR` "
         "or `builtin:NAME`."
     )
-    llm: str | None = Field(
+    llm: Source | None = Field(
         default=None, description="Donor LLM put into the shell, named likewise; empty: no swap."
     )
 
@@ -82,7 +84,7 @@ class Model(Section):
 class Dataset(Section):
     """One source of conversations and what becomes of it."""
 
-    source: str = Field(description="`builtin:NAME` or `path:DIR_OR_JSONL`.")
+    source: Source = Field(description="`builtin:NAME` or `path:DIR_OR_JSONL`.")
     format: Literal["messages"] = Field(
         default="messages", description="Layout of the raw rows: `messages` is ms-swift's JSONL."
     )
@@ -283,7 +285,9 @@ class Serve(Section):
 class Evaluate(Section):
     """One benchmark, scored through the served model's OpenAI API."""
 
-    benchmark: StageName = Field(description="Name under which the score appears, e.g. holdout.")
+    benchmark: BenchmarkName = Field(
+        description="Name under which the score appears, e.g. holdout or MMMU_DEV_VAL."
+    )
     data: str | None = Field(
         default=None, description="Dataset under `data:` whose held-out split is asked."
     )

@@ -7,9 +7,14 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmcore.report.documents import Prediction
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+_BROWSER_KINDS = {"image/png", "image/jpeg", "image/gif", "image/webp"}
 _THUMBNAIL_PX = 384
 _ORIGINAL_BYTES = 24 * 1024  # a smaller file goes in as it is; 24 of them are 0.8 MB in base64
 _SMALL_PX = 160  # below, an image is enlarged, and reads better with hard pixels
@@ -77,11 +82,19 @@ def _picture(path: Path) -> Picture | None:
     try:
         data = path.read_bytes()
         with Image.open(io.BytesIO(data)) as image:
-            kind = Image.MIME[image.format or "PNG"]
-            width, height = image.size
-            if len(data) > _ORIGINAL_BYTES:
-                data, kind, (width, height) = *_thumbnail(image), image.size
+            kind, (width, height) = image.get_format_mimetype(), image.size
+            if len(data) > _ORIGINAL_BYTES or kind not in _BROWSER_KINDS:
+                thumbnail = image.convert("RGB")
+                thumbnail.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+                kind, (width, height) = "image/jpeg", thumbnail.size
+                data = _jpeg(thumbnail)
     except OSError:  # also what Pillow raises for bytes that are no image
         return None
     uri = f"data:{kind};base64,{base64.b64encode(data).decode()}"
     return Picture(uri, width, height, small=max(width, height) < _SMALL_PX)
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

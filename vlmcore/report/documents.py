@@ -136,9 +136,7 @@ class Evidence(Generic[T]):
     absent: str = ""
 
 
-def read_document(
-    folders: Mapping[str, Path], stage: str, name: str, kind: type[T]
-) -> Evidence[T]:
+def read_document(folders: Mapping[str, Path], stage: str, name: str, kind: type[T]) -> Evidence[T]:
     """The JSON (or, where the name ends in .jsonl, the list of JSON lines) in a stage's artifact.
 
     Args:

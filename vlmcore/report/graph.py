@@ -121,9 +121,7 @@ def _place(
         for one, other in pairwise(widths):
             offset.append(offset[-1] + (one + other) / 2 + _GAP)
         offsets.append(offset[: len(layer)])
-        x |= {
-            point: place - offset[-1] / 2 for point, place in zip(layer, offset, strict=True)
-        }
+        x |= {point: place - offset[-1] / 2 for point, place in zip(layer, offset, strict=True)}
     for _ in range(_SWEEPS):
         for layer, offset in zip(layers, offsets, strict=True):
             wanted = [

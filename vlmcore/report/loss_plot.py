@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vlmcore.report.templates import render
+from vlmcore.report.rendering import render
 
 WIDTH, HEIGHT = 760, 280
 LEFT, RIGHT, TOP, BOTTOM = 52, 708, 34, 244
@@ -50,7 +50,7 @@ def loss_plot_svg(metrics: Sequence[Mapping[str, Any]], *, title: str) -> str:
 
     Args:
         metrics: The lines of metrics.jsonl: `step`, `loss`, `learning_rate`. A loss that is not
-            finite leaves a gap and is counted in the caption.
+            finite is left out and counted below the axis.
     """
     losses = [(row["step"], row["loss"]) for row in metrics if math.isfinite(row["loss"])]
     rates = [(row["step"], row["learning_rate"]) for row in metrics]

@@ -1,0 +1,270 @@
+"""One run as one HTML page that needs nothing beside itself: what came out, how, and the proofs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Protocol
+
+from vlmcore.artifacts import BuildRecord
+from vlmcore.report.answers import Sample, collect_samples
+from vlmcore.report.documents import (
+    Conversion,
+    Evidence,
+    FreezeGroup,
+    Precision,
+    Prediction,
+    Reload,
+    Shards,
+    Step,
+    SwapProof,
+    read_document,
+)
+from vlmcore.report.graph import BOX_HEIGHT, draw_graph
+from vlmcore.report.loss_plot import loss_plot_svg
+from vlmcore.report.rendering import render
+
+NUM_SAMPLES = 24  # over all benchmarks: their images are most of the page's size
+_FINAL_STEPS = 10
+
+
+class Gate(Protocol):
+    """A condition on a score and what came of it."""
+
+    @property
+    def gate(self) -> str:
+        """As the recipe says it, such as `holdout.exact_match >= 0.9`."""
+
+    @property
+    def value(self) -> float:
+        """The score that it was held against."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it holds."""
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """A finished run; equal inputs give the same page, byte for byte."""
+
+    name: str
+    """Of the recipe."""
+    recipe: str
+    """Its YAML, as run."""
+    records: Sequence[BuildRecord]
+    """Every stage of the run, each behind the stages that it was built from."""
+    folders: Mapping[str, Path]
+    """Stage → folder of its artifact."""
+    scores: Mapping[str, Mapping[str, float]]
+    """Checkpoint → `benchmark.metric` → value."""
+    gates: Sequence[Gate]
+    checkpoints: Sequence[str]
+    """Names in the order in which they came about, such as swap, align, full."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training stage did; figures are over all of its steps."""
+
+    stage: str
+    steps: Evidence[list[Step]]
+    groups: Evidence[dict[str, FreezeGroup]]
+    plot: str = ""
+    final_loss: float = 0.0
+    num_final: int = 0
+    first_loss: float = 0.0
+    samples: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    tokens_per_s: float = 0.0
+    data_share: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many answers of a checkpoint are right, and how sure that makes its score."""
+
+    right: int
+    total: int
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Sample answers of the last checkpoint that a benchmark asked."""
+
+    benchmark: str
+    checkpoint: str
+    source: Evidence[list[Prediction]]
+    samples: Sequence[Sample]
+    num_wrong: int
+
+
+def render_report(report: ReportInput) -> str:
+    """The page of a run. What an artifact lacks is named on it, never an error."""
+    metrics = list(dict.fromkeys(name for found in report.scores.values() for name in found))
+    benchmarks = list(dict.fromkeys(metric.rpartition(".")[0] for metric in metrics))
+    answers = {
+        (checkpoint, benchmark): _predictions(report, checkpoint, benchmark)
+        for benchmark in benchmarks
+        for checkpoint in report.checkpoints
+        if f"evaluate.{checkpoint}.{benchmark}" in report.folders
+    }
+    swap = read_document(report.folders, "swap", "proof.json", SwapProof)
+    precision = _read_all(report, "to_mcore", "precision.json", list[Precision])
+    reloads = _read_all(report, "export", "reload.json", Reload)
+    return render(
+        "page.html.jinja",
+        report=report,
+        scored=[name for name in report.checkpoints if report.scores.get(name)],
+        metrics=metrics,
+        tallies={one: _tally(found.content) for one, found in answers.items() if found.content},
+        galleries=_galleries(report, answers),
+        seconds=sum(record.seconds for record in report.records),
+        started_at=min((record.started_at for record in report.records), default=None),
+        finished_at=max((record.finished_at for record in report.records), default=None),
+        versions=_versions(report.records),
+        commits=sorted({record.git_commit for record in report.records if record.git_commit}),
+        graph=_graph(report.records),
+        box_height=BOX_HEIGHT,
+        slowest=max((record.seconds for record in report.records), default=0.0) or 1.0,
+        swap=swap,
+        precision=precision,
+        conversions=[
+            *_read_all(report, "to_mcore", "conversion.json", Conversion),
+            *_read_all(report, "export", "conversion.json", Conversion),
+        ],
+        reloads=reloads,
+        checks=[
+            ("Swap proof", "#swap", _verdict([swap], lambda proof: [proof])),
+            ("Precision", "#precision", _verdict(precision, lambda tests: tests)),
+            ("Export reload", "#reload", _verdict(reloads, lambda one: [one])),
+        ],
+        data=[
+            read_document(report.folders, stage, "report.json", Shards)
+            for stage in report.folders
+            if stage.startswith("data.") and stage.endswith(".shards")
+        ],
+        trainings=[_training(report, stage) for stage in _stages(report, "train")],
+    )
+
+
+def _stages(report: ReportInput, prefix: str) -> list[str]:
+    return [one.stage for one in report.records if one.stage.startswith(prefix)]
+
+
+def _read_all(report: ReportInput, prefix: str, name: str, kind: Any) -> list[Evidence[Any]]:
+    """A document of every stage under a prefix; of the prefix itself where there is no stage."""
+    stages = _stages(report, prefix) or [prefix]
+    return [read_document(report.folders, stage, name, kind) for stage in stages]
+
+
+def _verdict(found: Iterable[Evidence[Any]], results: Any) -> str:
+    """`passed`, `failed`, or `absent` where a document or every result in it is missing."""
+    found = list(found)
+    passed = [one.passed for doc in found if doc.content for one in results(doc.content)]
+    if not all(passed):
+        return "failed"
+    return "passed" if passed and all(doc.content for doc in found) else "absent"
+
+
+def _versions(records: Iterable[BuildRecord]) -> dict[str, str]:
+    """Package → version, or several where stages were built with different ones."""
+    seen: dict[str, dict[str, None]] = {}
+    for record in records:
+        for package, version in record.versions.items():
+            seen.setdefault(package, {})[version] = None
+    return {package: ", ".join(versions) for package, versions in seen.items()}
+
+
+def _graph(records: Sequence[BuildRecord]) -> Any:
+    known: set[str] = set()
+    parents: dict[str, list[str]] = {}
+    for record in records:
+        parents[record.stage] = [one.stage for _, one in record.input_refs if one.stage in known]
+        known.add(record.stage)
+    return draw_graph(parents)
+
+
+def _training(report: ReportInput, stage: str) -> Training:
+    steps = read_document(report.folders, stage, "metrics.jsonl", list[Step])
+    groups = read_document(report.folders, stage, "trainable.json", dict[str, FreezeGroup])
+    if not steps.content:
+        return Training(stage, steps, groups)
+    rows = steps.content
+    final = rows[-_FINAL_STEPS:]
+    return Training(
+        stage,
+        steps,
+        groups,
+        plot=loss_plot_svg([row.model_dump() for row in rows], title=stage),
+        first_loss=rows[0].loss,
+        final_loss=fmean(row.loss for row in final),
+        num_final=len(final),
+        samples=sum(row.samples for row in rows),
+        dropped=sum(row.dropped for row in rows),
+        tokens=sum(row.tokens for row in rows),
+        tokens_per_s=median(row.tokens_per_s for row in rows),
+        data_share=sum(row.data_s for row in rows) / (sum(row.step_s for row in rows) or 1.0),
+        peak_memory_mb=max(row.peak_memory_mb for row in rows),
+    )
+
+
+def _predictions(
+    report: ReportInput, checkpoint: str, benchmark: str
+) -> Evidence[list[Prediction]]:
+    stage = f"evaluate.{checkpoint}.{benchmark}"
+    return read_document(report.folders, stage, "predictions.jsonl", list[Prediction])
+
+
+def _galleries(
+    report: ReportInput, answers: Mapping[tuple[str, str], Evidence[list[Prediction]]]
+) -> list[Gallery]:
+    """For each benchmark the answers of the last checkpoint that it asked."""
+    by_benchmark: dict[str, dict[str, Evidence[list[Prediction]]]] = {}
+    for (checkpoint, benchmark), found in answers.items():
+        by_benchmark.setdefault(benchmark, {})[checkpoint] = found
+    return [
+        _gallery(report, benchmark, asked, count=NUM_SAMPLES // len(by_benchmark))
+        for benchmark, asked in by_benchmark.items()
+    ]
+
+
+def _gallery(
+    report: ReportInput,
+    benchmark: str,
+    asked: Mapping[str, Evidence[list[Prediction]]],
+    *,
+    count: int,
+) -> Gallery:
+    *earlier, checkpoint = asked
+    said = asked[checkpoint].content or []
+    samples = collect_samples(
+        said,
+        {name: asked[name].content or [] for name in earlier},
+        image_dir=_holdout(report, asked[checkpoint].stage),
+        count=count,
+    )
+    num_wrong = sum(not one.correct for one in said)
+    return Gallery(benchmark, checkpoint, asked[checkpoint], samples, num_wrong)
+
+
+def _holdout(report: ReportInput, stage: str) -> Path | None:
+    """The folder of the holdout that an evaluation was built from."""
+    inputs = [ref for one in report.records if one.stage == stage for _, ref in one.input_refs]
+    names = (ref.stage for ref in inputs if ref.stage.endswith(".holdout"))
+    return report.folders.get(next(names, ""))
+
+
+def _tally(predictions: Sequence[Prediction]) -> Tally:
+    """Counts, and Wilson's 95 % interval for the share of right answers."""
+    right, total, z = sum(one.correct for one in predictions), len(predictions), 1.96
+    share = right / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    spread = (share * (1 - share) / total + z**2 / (4 * total**2)) ** 0.5 / (1 + z**2 / total)
+    return Tally(right, total, max(0.0, middle - z * spread), min(1.0, middle + z * spread))
