@@ -1,0 +1,33 @@
+"""What a training process is told: one JSON file, written by the stage and read by every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from vlmcore.recipe.schema import TrainStage
+
+METRICS = "metrics.jsonl"
+TRAINABLE = "trainable.json"
+
+
+class TrainJob(BaseModel):
+    """One training stage with its folders.
+
+    Attributes:
+        stage: The recipe's stage.
+        model_dir: Megatron model folder to start from (`checkpoint/` and `hf/`).
+        datasets: Energon datasets.
+        output_dir: Gets the trained Megatron model folder, the metrics and the trainable table.
+        scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
+            on from them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: TrainStage
+    model_dir: Path
+    datasets: tuple[Path, ...]
+    output_dir: Path
+    scratch_dir: Path
