@@ -11,14 +11,17 @@ nothing but those rows: any number of workers gives the same bytes.
 import io
 import json
 import logging
+import os
 import tarfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from operator import itemgetter
 from pathlib import Path
 
@@ -135,8 +138,22 @@ def _mapper(num_workers: int) -> Iterator[Callable]:
         yield map
         return
     # spawn: a fork of a process that already has threads (Prefect's) may hang
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        num_workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+    ) as pool:
         yield pool.map
+
+
+def _end_with_parent() -> None:
+    """Without this, a pool's processes wait for work for ever once their parent is killed -9."""
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    parent = parent_process()
+    assert parent is not None, "only for the processes of a pool"
+    threading.Thread(target=watch, args=(parent,), daemon=True).start()
 
 
 def _write_range(

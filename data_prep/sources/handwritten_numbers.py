@@ -39,6 +39,8 @@ def write(dest: Path, *, options: Options, seed: int) -> None:
     scans = load_digits()
     (dest / "images").mkdir()
     for index, (split, pool) in enumerate(scan_pools().items()):
+        if not getattr(options, split):
+            continue
         # A generator a split: the number of training pictures does not change the test ones.
         rng = np.random.default_rng([seed, index])
         with (dest / f"{split}.jsonl").open("w", encoding="utf-8") as file:

@@ -27,6 +27,8 @@ class Options(BaseModel):
 def write(dest: Path, *, options: Options, seed: int) -> None:
     """Write `train.jsonl` and `val.jsonl` in the `messages` format, without images."""
     for index, split in enumerate(("train", "val")):
+        if not getattr(options, split):
+            continue
         rng = np.random.default_rng([seed, index])
         with (dest / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             for number in range(1, getattr(options, split) + 1):

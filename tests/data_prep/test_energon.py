@@ -105,7 +105,6 @@ def test_ranks_share_the_samples_of_a_single_shard(prepared):
 
 def test_text_alone_is_read_like_the_rest(tmp_path):
     fetch("builtin:written_numbers", tmp_path / "raw", options={"train": 9, "val": 0}, seed=0)
-    (tmp_path / "raw" / "val.jsonl").unlink()
     write_shards(tmp_path / "raw", tmp_path / "shards", max_bad_ratio=0, num_workers=1)
     prepare(tmp_path / "shards", tmp_path / "energon")
     samples = read_split(tmp_path / "energon", "train")

@@ -1,7 +1,13 @@
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -70,6 +76,39 @@ def test_the_number_of_workers_does_not_change_a_byte(numbers, tmp_path, tree_di
         )
     assert len(tree_digest(tmp_path / "1")) == 6 + 1 + 2 + 1
     assert tree_digest(tmp_path / "1") == tree_digest(tmp_path / "3")
+
+
+def test_workers_end_when_the_process_they_work_for_is_killed():
+    code = """
+import multiprocessing, time
+from data_prep.shards import _mapper
+if __name__ == "__main__":
+    with _mapper(2) as run:
+        list(run(abs, [1, 2]))
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers
+    assert all(is_running(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [pid for pid in workers if is_running(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_shard_is_closed_before_it_grows_past_max_shard_bytes(numbers, tmp_path):
@@ -144,7 +183,7 @@ BAD_IMAGES = {
 
 def flipped(path):
     data = bytearray(path.read_bytes())
-    data[-20] ^= 1  # inside the checksum of the pixels: they decode all the same
+    data[-14] ^= 1  # inside the checksum of the pixels' chunk: they decode all the same
     return bytes(data)
 
 

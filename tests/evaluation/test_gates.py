@@ -48,6 +48,7 @@ def test_a_name_may_hold_digits_dashes_and_underscores() -> None:
         "holdout.exact_match",
         "holdout.exact_match => 0.9",
         "holdout.exact_match >= high",
+        "holdout.exact_match >= nan",
         "a.b.c.d >= 1",
         "holdout.exact_match >= 0.9 0.8",
     ],

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import threading
 import urllib.request
@@ -65,12 +66,11 @@ def test_a_model_is_served_scored_and_gone(
     model_dir: Path, records: Path, tmp_path: Path, engine: str
 ) -> None:
     options = Serve(engine=engine, **OPTIONS)
-    scoring = {"benchmark": "holdout", "work_dir": tmp_path / "work"}
-    scoring |= {"max_tokens": 4, "concurrency": 4}
+    scoring = {"benchmark": "holdout", "max_tokens": 4, "concurrency": 4}
     log_path = tmp_path / "server.log"
     with serve(model_dir, options, model_name="tiny@0a1b", log_path=log_path) as endpoint:
         assert endpoint.engine == engine
-        wrong = score(endpoint, records=records, **scoring)
+        wrong = score(endpoint, records=records, work_dir=tmp_path / "1", **scoring)
         # now the answers that the model gave are the right ones for 3 of 4 images
         rows = read(wrong.predictions)
         corrected = [
@@ -78,7 +78,8 @@ def test_a_model_is_served_scored_and_gone(
             | {"answer": row["prediction"] if n % 4 else "7"}
             for n, row in enumerate(rows)
         ]
-        right = score(endpoint, records=write(records, corrected), **scoring)
+        write(records, corrected)
+        right = score(endpoint, records=records, work_dir=tmp_path / "2", **scoring)
     assert wrong.metrics == {"exact_match": 0.0}
     assert [row["id"] for row in rows] == [f"r{n}" for n in range(12)]
     assert right.metrics == {"exact_match": 0.75}
@@ -94,9 +95,9 @@ def test_a_model_is_served_scored_and_gone(
 def test_a_model_that_cannot_load_is_an_error_with_the_servers_words(
     model_dir: Path, tmp_path: Path, engine: str
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text('{"model_type": "no-such-model"}')
+    broken = Path(shutil.copytree(model_dir, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "no-such-model"}))
     options = Serve(engine=engine, **OPTIONS)
     with (
         pytest.raises(ServeError, match=r"(?s)exit code 1 before it was ready.*no-such-model"),

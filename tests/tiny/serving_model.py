@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL with random weights, tokenizer, processor and chat template, ready to be served."""
+"""A tiny Qwen3-VL with random weights, tokenizer, processor, chat template: ready to be served."""
 
 import json
 from pathlib import Path

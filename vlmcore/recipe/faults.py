@@ -21,6 +21,7 @@ _EXPECTED = {
     "dict_type": "a mapping",
     "tuple_type": "a list",
     "string_type": "a string (quote it)",
+    "string_too_short": "text that is not empty",
     "int_from_float": "a whole number",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -76,7 +77,7 @@ def _meaning(loc: Loc) -> tuple[str | None, str]:
         return same[0], f"write {same[0]}"
     if lower in OTHERWISE and OTHERWISE[lower][0] in fields:
         field, value = OTHERWISE[lower]
-        return name, f"write {field}: {value}"
+        return None, f"write {field}: {value}"
     close = difflib.get_close_matches(lower, fields)
     if close:
         sure = difflib.get_close_matches(lower, close, n=1, cutoff=0.8)
@@ -151,7 +152,7 @@ def _expected(error: ErrorDetails) -> str:
     if error["type"] == "string_pattern_mismatch":
         return f"text of the pattern {error['ctx']['pattern']}"
     if error["type"] == "too_short":
-        return f"at least {error['ctx']['min_length']}"
+        return "at least one item"
     return _EXPECTED.get(error["type"]) or error["msg"].removeprefix("Input should be ")
 
 
@@ -168,7 +169,7 @@ def _help(loc: Loc) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == "":
+    if value is None:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()

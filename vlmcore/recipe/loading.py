@@ -122,6 +122,9 @@ def _overridden(tree: Node, override: str, faults: list[Fault]) -> Node:
         expected = "expected PATH=VALUE, as in train.full.learning_rate=1e-4"
         faults.append(Fault(where, "", expected))
         return tree
+    if steps[0] == "base":
+        faults.append(Fault(where, "base", "a base is named in the file; write it there"))
+        return tree
     value = parse(text, lambda _: where, faults)
     try:
         return put(tree, steps, value)

@@ -77,7 +77,7 @@ class Model(Section):
         "or `builtin:NAME`."
     )
     llm: Source | None = Field(
-        default=None, description="Donor LLM put into the shell, named likewise; empty: no swap."
+        default=None, description="Donor LLM put into the shell, named likewise; left out: no swap."
     )
 
 
@@ -381,8 +381,8 @@ class Recipe(Section):
             entry = entries.get(gate.benchmark)
             where = ("gates", index)
             if entry is None:
-                found = f"benchmark {gate.benchmark!r} is none of {_listed(entries)}"
-                faults.append((where, f"gate {text!r}: {found}; add it under `evaluate:`"))
+                found = f"benchmark {gate.benchmark!r} is not under `evaluate:`"
+                faults.append((where, f"gate {text!r}: {found} ({_listed(entries)}); add it"))
                 continue
             if gate.metric != entry.metric:
                 found = f"benchmark {gate.benchmark} gives {entry.metric}, not {gate.metric!r}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import yaml
@@ -62,6 +62,7 @@ def recipe_error(faults: Iterable[Fault]) -> RecipeError:
     return RecipeError(f"the recipe has {count}:\n" + "\n".join(f"  {f}" for f in ordered))
 
 
+_SCALARS = [f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str")]
 _RESOLVERS = (
     ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -78,11 +79,21 @@ _RESOLVERS = (
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
+    # Only scalars are constructed; None is the refusal of every other tag.
+    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in (*_SCALARS, None)}
 
 
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Quoted with escapes: the other styles fold line breaks, of which U+0085 comes back as "\n".
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 for _tag, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
@@ -116,8 +127,9 @@ def parse(text: str | bytes, at: Callable[[int], Where], faults: list[Fault]) ->
         context = f"{error.context}, " if error.context else ""
         text = f"not YAML: {context}{error.problem}"
         raise recipe_error([*faults, Fault(where, "", text)]) from None
-    except (yaml.YAMLError, ValueError) as error:  # undecodable bytes; a tag its value belies
-        raise recipe_error([*faults, Fault(at(1), "", f"not YAML: {error}")]) from None
+    except yaml.YAMLError as error:  # bytes that are no text
+        text = " ".join(str(error).split())
+        raise recipe_error([*faults, Fault(at(1), "", f"not YAML: {text}")]) from None
     faults += [
         Fault(again, spoken(tree, loc), f"given twice, first at {first}; keep one of the two")
         for loc, again, first in duplicates
@@ -130,6 +142,7 @@ class _Builder:
     loader: _Loader
     at: Callable[[int], Where]
     duplicates: list[tuple[Loc, Where, Where]]
+    flattened: set[int] = field(default_factory=set)
 
     def build(
         self, node: yaml.Node, where: Where, loc: Loc = (), above: tuple[yaml.Node, ...] = ()
@@ -140,8 +153,10 @@ class _Builder:
             )
         above = (*above, node)
         if isinstance(node, yaml.MappingNode):
-            self._find_duplicates(node, loc)
-            self.loader.flatten_mapping(node)  # `<<: *anchor`
+            if id(node) not in self.flattened:  # an anchor's mapping is seen again at each alias
+                self._find_duplicates(node, loc)
+                self.loader.flatten_mapping(node)  # `<<: *anchor`
+                self.flattened.add(id(node))
             fields = {}
             for key, value in node.value:
                 name, at_key = self._key(key)
@@ -153,7 +168,14 @@ class _Builder:
                 for index, item in enumerate(node.value)
             ]
             return Node(items, where)
-        return Node(self.loader.construct_object(node), where)
+        return Node(self._scalar(node), where)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (ValueError, LookupError):  # a written tag that the value belies: `!!int x`
+            text = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, text, node.start_mark) from None
 
     def _line(self, node: yaml.Node) -> Where:
         return self.at(node.start_mark.line + 1)
@@ -205,8 +227,8 @@ def item_index(items: list[Node], step: str | int) -> int | None:
 
 def item_name(item: Node) -> str | None:
     """The name a list item carries, such as a stage's."""
-    for field in NAME_FIELDS:
-        name = child(item, field) if isinstance(item.value, dict) else None
+    for name_field in NAME_FIELDS:
+        name = child(item, name_field) if isinstance(item.value, dict) else None
         if name is not None and isinstance(name.value, str):
             return name.value
     return None

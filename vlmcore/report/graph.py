@@ -51,10 +51,9 @@ def draw_graph(parents: Mapping[str, Sequence[str]]) -> Drawing:
     _sort(layers, above, below)
     box_width = max((len(stage) for stage in parents), default=0) * _CHAR_WIDTH + 24
     x = _place(layers, above, below, box_width)
-    left = min((x[stage] for stage in parents), default=0.0) - box_width / 2 - _MARGIN
-    left = min(left, min(x.values(), default=0.0) - _MARGIN)
-    right = max((x[stage] for stage in parents), default=0.0) + box_width / 2 + _MARGIN
-    right = max(right, max(x.values(), default=0.0) + _MARGIN)
+    halves = {p: _BEND_WIDTH / 2 if isinstance(p, tuple) else box_width / 2 for p in x}
+    left = min((x[p] - half for p, half in halves.items()), default=0.0) - _MARGIN
+    right = max((x[p] + half for p, half in halves.items()), default=0.0) + _MARGIN
     x = {point: place - left for point, place in x.items()}
     y = {point: row * ROW_HEIGHT + _MARGIN for row, layer in enumerate(layers) for point in layer}
     return Drawing(
@@ -69,7 +68,7 @@ def draw_graph(parents: Mapping[str, Sequence[str]]) -> Drawing:
 def _layers(parents: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Each stage just above the first that needs it, so that edges stay short."""
     height: dict[str, int] = dict.fromkeys(parents, 0)
-    for stage in reversed(parents):
+    for stage in reversed(list(parents)):
         for parent in parents[stage]:
             height[parent] = max(height[parent], height[stage] + 1)
     top = max(height.values(), default=0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 from vlmcore.artifacts import BuildRecord
 from vlmcore.report.answers import Sample, collect_samples
@@ -22,9 +22,11 @@ from vlmcore.report.documents import (
     SwapProof,
     read_document,
 )
-from vlmcore.report.graph import BOX_HEIGHT, draw_graph
+from vlmcore.report.graph import BOX_HEIGHT, Drawing, draw_graph
 from vlmcore.report.loss_plot import loss_plot_svg
 from vlmcore.report.rendering import render
+
+T = TypeVar("T")
 
 NUM_SAMPLES = 24  # over all benchmarks: their images are most of the page's size
 _FINAL_STEPS = 10
@@ -63,6 +65,23 @@ class ReportInput:
     gates: Sequence[Gate]
     checkpoints: Sequence[str]
     """Names in the order in which they came about, such as swap, align, full."""
+
+
+class Result(Protocol):
+    """Anything with a verdict."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is as it should be."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """The verdict over all proofs of a kind: `passed`, `failed` or `absent`, and where they are."""
+
+    words: str
+    where: str
+    state: str
 
 
 @dataclass(frozen=True)
@@ -141,9 +160,9 @@ def render_report(report: ReportInput) -> str:
         ],
         reloads=reloads,
         checks=[
-            ("Swap proof", "#swap", _verdict([swap], lambda proof: [proof])),
-            ("Precision", "#precision", _verdict(precision, lambda tests: tests)),
-            ("Export reload", "#reload", _verdict(reloads, lambda one: [one])),
+            _check("Swap proof", "#swap", [swap], lambda proof: [proof]),
+            _check("Precision", "#precision", precision, lambda tests: tests),
+            _check("Export reload", "#reload", reloads, lambda one: [one]),
         ],
         data=[
             read_document(report.folders, stage, "report.json", Shards)
@@ -158,19 +177,20 @@ def _stages(report: ReportInput, prefix: str) -> list[str]:
     return [one.stage for one in report.records if one.stage.startswith(prefix)]
 
 
-def _read_all(report: ReportInput, prefix: str, name: str, kind: Any) -> list[Evidence[Any]]:
+def _read_all(report: ReportInput, prefix: str, name: str, kind: type[T]) -> list[Evidence[T]]:
     """A document of every stage under a prefix; of the prefix itself where there is no stage."""
     stages = _stages(report, prefix) or [prefix]
     return [read_document(report.folders, stage, name, kind) for stage in stages]
 
 
-def _verdict(found: Iterable[Evidence[Any]], results: Any) -> str:
-    """`passed`, `failed`, or `absent` where a document or every result in it is missing."""
-    found = list(found)
+def _check(
+    name: str, where: str, found: Sequence[Evidence[T]], results: Callable[[T], Sequence[Result]]
+) -> Check:
     passed = [one.passed for doc in found if doc.content for one in results(doc.content)]
-    if not all(passed):
-        return "failed"
-    return "passed" if passed and all(doc.content for doc in found) else "absent"
+    num_absent = sum(not doc.content for doc in found)
+    state = "absent" if not passed else "passed" if all(passed) else "failed"
+    rest = f", {num_absent} absent" if passed and num_absent else ""
+    return Check(f"{name} {state}{rest}", where, state)
 
 
 def _versions(records: Iterable[BuildRecord]) -> dict[str, str]:
@@ -182,7 +202,7 @@ def _versions(records: Iterable[BuildRecord]) -> dict[str, str]:
     return {package: ", ".join(versions) for package, versions in seen.items()}
 
 
-def _graph(records: Sequence[BuildRecord]) -> Any:
+def _graph(records: Sequence[BuildRecord]) -> Drawing:
     known: set[str] = set()
     parents: dict[str, list[str]] = {}
     for record in records:
