@@ -6,7 +6,6 @@ model with another vocabulary never trains on a placeholder that stands for noth
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +122,11 @@ class ConversationEncoder:
         )
         return (1, new_height // processor.patch_size, new_width // processor.patch_size)
 
-    def pixels(self, images: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+    def patches(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches [N, channels · time · height · width of a patch] and grids [images, 3]."""
-        opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in images]
-        out = self.image_processor(images=opened, return_tensors="pt")
+        out = self.image_processor(
+            images=[image.convert("RGB") for image in images], return_tensors="pt"
+        )
         return out["pixel_values"], out["image_grid_thw"]
 
     def _positions(self, input_ids: Tensor, grids_thw: Sequence[Sequence[int]]) -> Tensor:

@@ -64,7 +64,8 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
     def postencode_sample(self, sample: TokenSample) -> TokenSample:
         """Decodes the images into patches."""
         if sample.images:
-            sample.pixel_values, sample.image_grid_thw = self.encoder.pixels(sample.images)
+            opened = [Image.open(io.BytesIO(data)) for data in sample.images]
+            sample.pixel_values, sample.image_grid_thw = self.encoder.patches(opened)
             sample.images = []
         return sample
 
