@@ -17,6 +17,7 @@ _BEND_WIDTH = 16
 _GAP = 18
 _MARGIN = 4
 _SWEEPS = 12
+_PULLS = 300
 
 Point = str | tuple[str, str, int]  # a stage, or the bend of an edge (from, to) in a layer
 
@@ -121,29 +122,41 @@ def _place(
             offset.append(offset[-1] + (one + other) / 2 + _GAP)
         offsets.append(offset[: len(layer)])
         x |= {point: place - offset[-1] / 2 for point, place in zip(layer, offset, strict=True)}
-    for _ in range(_SWEEPS):
+    for _ in range(_PULLS):
         for layer, offset in zip(layers, offsets, strict=True):
+            links = [[*above.get(point, ()), *below.get(point, ())] for point in layer]
+            pulls = [[_pull(p, to) for to in ends] for p, ends in zip(layer, links, strict=True)]
             wanted = [
-                _mean([x[one] for one in (*above.get(p, ()), *below.get(p, ()))], default=x[p])
-                for p in layer
+                sum(x[to] * pull for to, pull in zip(ends, own, strict=True)) / sum(own)
+                if own
+                else x[point]
+                for point, ends, own in zip(layer, links, pulls, strict=True)
             ]
-            free = _ascending([want - own for want, own in zip(wanted, offset, strict=True)])
+            bases = [want - place for want, place in zip(wanted, offset, strict=True)]
+            free = _ascending(bases, [sum(own) or 1.0 for own in pulls])
             x |= {p: base + own for p, base, own in zip(layer, free, offset, strict=True)}
     return x
 
 
-def _ascending(values: Sequence[float]) -> list[float]:
+def _pull(one: Point, other: Point) -> float:
+    """How strongly two linked points want to stand in line: bends most, or long edges zigzag."""
+    return (1.0, 2.0, 16.0)[isinstance(one, tuple) + isinstance(other, tuple)]
+
+
+def _ascending(values: Sequence[float], weights: Sequence[float]) -> list[float]:
     """The ascending sequence nearest to `values` in least squares (pool adjacent violators)."""
-    pools: list[list[float]] = []
-    for value in values:
-        pools.append([value])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    return [_mean(pool) for pool in pools for _ in pool]
+    pools: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        pools.append((value, weight, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (one, one_weight, one_length), (two, two_weight, two_length) = pools[-2:]
+            both = one_weight + two_weight
+            mean = (one * one_weight + two * two_weight) / both
+            pools[-2:] = [(mean, both, one_length + two_length)]
+    return [mean for mean, _, length in pools for _ in range(length)]
 
 
-def _mean(values: Sequence[float], *, default: float = 0.0) -> float:
+def _mean(values: Sequence[float], *, default: float) -> float:
     return sum(values) / len(values) if values else default
 
 

@@ -36,12 +36,12 @@ class Axis:
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
-    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """Round values along the axis: place and label."""
+    def ticks(self, count: int = 5, *, least: float = 0.0) -> list[tuple[float, str]]:
+        """Round values along the axis, at least `least` apart: place and label."""
         if self.log:
             values = _log_ticks(self.low, self.high)
         else:
-            values = _linear_ticks(self.low, self.high, count)
+            values = _linear_ticks(self.low, self.high, max((self.high - self.low) / count, least))
         return [(self(value), f"{value:g}") for value in values]
 
 
@@ -56,7 +56,8 @@ def loss_plot_svg(metrics: Sequence[Mapping[str, Any]], *, title: str) -> str:
     rates = [(row["step"], row["learning_rate"]) for row in metrics]
     window = max(1, len(losses) // 40)
     smooth = _smoothed(losses, window=window)
-    x = Axis(min((s for s, _ in rates), default=0), _above([s for s, _ in rates]), LEFT, RIGHT)
+    before_first = min((step for step, _ in rates), default=1) - 1
+    x = Axis(before_first, _above([step for step, _ in rates]), LEFT, RIGHT)
     loss_axis = _loss_axis([loss for _, loss in losses], [loss for _, loss in smooth])
     rate_axis = Axis(0, _above([rate for _, rate in rates]) * 1.08, BOTTOM, TOP)
     return render(
@@ -65,7 +66,7 @@ def loss_plot_svg(metrics: Sequence[Mapping[str, Any]], *, title: str) -> str:
         frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT},
         top=TOP,
         bottom=BOTTOM,
-        x_ticks=x.ticks(8),
+        x_ticks=x.ticks(8, least=1),
         loss_ticks=loss_axis.ticks(),
         rate_ticks=rate_axis.ticks(3),
         log=loss_axis.log,
@@ -123,8 +124,7 @@ def _points(line: Line, x: Axis, y: Axis) -> str:
     return " ".join(f"{x(step):g},{y(value):g}" for step, value in line)
 
 
-def _linear_ticks(low: float, high: float, count: int) -> list[float]:
-    rough = (high - low) / count
+def _linear_ticks(low: float, high: float, rough: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
     first = math.ceil(low / step)

@@ -17,10 +17,11 @@ compat.install()
 from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.job import TrainJob  # noqa: E402
+from vlmcore.training.progress import report_error  # noqa: E402
 
 
 def main() -> None:
-    """Runs the job; a user's error is printed without a traceback and ends with exit code 2."""
+    """Runs the job; a user's error is reported as one line and ends with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", type=Path, required=True, help="JSON of a TrainJob")
     job = TrainJob.model_validate_json(parser.parse_args().job.read_text())
@@ -38,7 +39,7 @@ def main() -> None:
 
             train(job)
     except VlmflowError as error:
-        sys.stderr.write(f"error: {error}\n")
+        report_error(str(error))
         sys.exit(2)
 
 

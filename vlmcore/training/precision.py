@@ -71,9 +71,24 @@ class _Sample:
 
 
 def precision_test(
-    hf_dir: Path, mcore_dir: Path, *, layouts: list[int], tolerance: float, seed: int = 0
+    hf_dir: Path,
+    mcore_dir: Path,
+    *,
+    layouts: list[int],
+    tolerance: float,
+    round_to: torch.dtype = torch.float32,
+    seed: int = 0,
 ) -> list[PrecisionResult]:
-    """Compares at every tensor parallel size; call inside `process_group` on every rank."""
+    """Compares at every tensor parallel size; call inside `process_group` on every rank.
+
+    Args:
+        hf_dir: HF model folder.
+        mcore_dir: Megatron model folder.
+        layouts: Tensor parallel sizes.
+        tolerance: Largest absolute logit difference that passes.
+        round_to: Dtype that the HF folder's weights were saved in; Megatron's are rounded to it.
+        seed: Of the layout's generators.
+    """
     samples = list(_samples(hf_dir))
     reference = _hf_logits(hf_dir, samples)
     results = []
@@ -83,7 +98,7 @@ def precision_test(
                 mcore_dir / SIDECAR, tensor_model_parallel_size=size, parallel_output=False
             ).to(megatron_cpu.device())
             load_weights(model, mcore_dir / CHECKPOINT)
-            model.eval()
+            model.to(round_to).to(torch.float32).eval()
             for sample, expected in zip(samples, reference, strict=True):
                 found = _mcore_logits(model, sample)[..., : expected.shape[-1]]
                 difference = (found - expected).abs()
@@ -164,9 +179,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--tp", type=int, nargs="+", default=[1], help="tensor parallel sizes")
     parser.add_argument("--tolerance", type=float, default=1e-4)
+    parser.add_argument("--round-to", default="float32", help="dtype the HF weights are saved in")
     args = parser.parse_args()
     with process_group(num_threads=1):
-        results = precision_test(args.hf, args.mcore, layouts=args.tp, tolerance=args.tolerance)
+        results = precision_test(
+            args.hf,
+            args.mcore,
+            layouts=args.tp,
+            tolerance=args.tolerance,
+            round_to=getattr(torch, args.round_to),
+        )
         if dist.get_rank() == 0:
             rows = [{**asdict(result), "passed": result.passed} for result in results]
             args.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "@progress "
+_ERROR = "@error "
 
 
 def report_progress(**values: Any) -> None:
@@ -26,6 +27,22 @@ def parse_progress(line: str) -> dict[str, Any] | None:
     except json.JSONDecodeError:  # two ranks wrote into one line
         return None
     return values
+
+
+def report_error(message: str) -> None:
+    """Writes an error that is the user's to mend, as one line."""
+    sys.stdout.write(_ERROR + json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def parse_error(line: str) -> str | None:
+    """The message of an error line; None for any other line."""
+    if not line.startswith(_ERROR):
+        return None
+    try:
+        return str(json.loads(line.removeprefix(_ERROR)))
+    except json.JSONDecodeError:
+        return line.removeprefix(_ERROR)
 
 
 class MetricsFile:

@@ -1,0 +1,81 @@
+"""A training stage: a job for the ranks, and their progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.caching import Ref, Run
+from vlmcore.artifacts import ArtifactRef, BuildContext
+from vlmcore.recipe.schema import TrainStage
+from vlmcore.training.job import METRICS, TrainJob
+
+LOSS_PLOT = "loss.svg"
+
+
+def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -> Ref:
+    """A trained Megatron model folder with its metrics; a killed one goes on where it saved last."""
+    name = f"train.{stage.name}"
+
+    def build(context: BuildContext) -> Mapping[str, Any]:
+        from vlmcore.training.launch import launch
+
+        assert isinstance(model, ArtifactRef)
+        job = TrainJob(
+            stage=stage,
+            model_dir=model.path,
+            datasets=tuple(ref.path for ref in datasets if ref is not None),
+            output_dir=context.path,
+            scratch_dir=context.scratch,
+        )
+        job_file = context.scratch / "job.json"
+        job_file.write_text(job.model_dump_json(indent=1))
+        launch(
+            "vlmcore.training.main",
+            ["--job", str(job_file)],
+            nproc_per_node=stage.nproc_per_node,
+            log_path=run.log_path(name),
+            on_progress=lambda values: _report(run, name, values),
+        )
+        return _summarise(context.path, name)
+
+    params = {key: value for key, value in stage.content_params().items() if key != "name"}
+    return run.stage(
+        name,
+        build,
+        kind="train",
+        version=1,
+        params=params,
+        inputs={"model": model, "data": list(datasets)},
+        volatile=("checkpoint/.metadata", METRICS, LOSS_PLOT),
+        resumable=True,
+    )
+
+
+def _report(run: Run, name: str, values: Mapping[str, Any]) -> None:
+    text = ""
+    if "loss" in values:
+        text = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
+            f"{values['tokens_per_s']:,.0f} tokens/s"
+        )
+    run.progress(name, values["step"], values["total"], text)
+
+
+def _summarise(folder: Path, name: str) -> dict[str, Any]:
+    """Draws the loss plot; gives the figures of the manifest."""
+    from vlmcore.report.loss_plot import loss_plot_svg
+
+    metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    (folder / LOSS_PLOT).write_text(loss_plot_svg(metrics, title=name))
+    seconds = sum(row["step_s"] for row in metrics)
+    return {
+        "final_loss": metrics[-1]["loss"],
+        "steps": len(metrics),
+        "samples": sum(row["samples"] for row in metrics),
+        "dropped": sum(row["dropped"] for row in metrics),
+        "tokens_per_s": sum(row["tokens"] for row in metrics) / max(seconds, 1e-9),
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in metrics),
+    }

@@ -1,0 +1,83 @@
+"""Starts rank processes under torchrun and hears what they say; nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmcore import compat, proc
+from vlmcore.errors import TrainError
+from vlmcore.training.progress import parse_error, parse_progress
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def launch(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    nproc_per_node: int,
+    log_path: Path,
+    on_progress: Progress | None = None,
+) -> None:
+    """Runs `python -m module` on every rank to its end; the whole output goes to `log_path`.
+
+    Args:
+        module: Entry module of the ranks.
+        arguments: Its command line.
+        nproc_per_node: Ranks on this machine.
+        log_path: Where the output goes.
+        on_progress: Gets the values of each progress line.
+
+    Raises:
+        TrainError: A rank reported an error that is the user's to mend.
+        ProcessError: A rank died; the message carries the end of its output.
+    """
+    errors: list[str] = []
+
+    def hear(line: str) -> None:
+        if (values := parse_progress(line)) is not None:
+            if on_progress is not None:
+                on_progress(values)
+        elif (error := parse_error(line)) is not None:
+            errors.append(error)
+
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(nproc_per_node), "-m", module, *arguments,
+    ]  # fmt: skip
+    try:
+        proc.run_logged(command, log_path=log_path, on_line=hear, env=compat.child_env())
+    except proc.ChildFailedError as failure:
+        if errors:
+            raise TrainError(errors[0]) from failure
+        raise
+
+
+def run_precision_test(
+    hf_dir: Path,
+    mcore_dir: Path,
+    *,
+    layouts: Sequence[int],
+    tolerance: float,
+    log_path: Path,
+    out: Path,
+    round_to: str = "float32",
+) -> list[dict[str, Any]]:
+    """Runs the precision test in its own processes; gives its rows, which `out` holds too."""
+    arguments = [
+        "--hf", str(hf_dir), "--mcore", str(mcore_dir), "--out", str(out),
+        "--tolerance", str(tolerance), "--round-to", round_to,
+        "--tp", *(str(size) for size in layouts),
+    ]  # fmt: skip
+    launch(
+        "vlmcore.training.precision",
+        arguments,
+        nproc_per_node=max(layouts),
+        log_path=log_path,
+    )
+    rows: list[dict[str, Any]] = json.loads(out.read_text())
+    return rows
