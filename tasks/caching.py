@@ -100,6 +100,7 @@ class Run:
         self.log_dir = log_dir
         self.dry = dry
         self.outcomes: list[StageOutcome] = []
+        self.artifacts: dict[str, Ref] = {}  # every stage walked so far
         self.watcher = watcher or Watcher()
         self._refresh = tuple(refresh)
         self._from = start_from
@@ -156,10 +157,9 @@ class Run:
         self._check_from(name, found, reasons)
         if self.dry:
             cached = found is not None and not refresh
-            self._note(
-                name, "cached" if cached else "to run", 0.0, found if cached else None, reasons
-            )
-            return found if cached else None
+            ref = found if cached else None
+            self._note(name, "cached" if cached else "to run", 0.0, ref, reasons)
+            return ref
         return self._build(spec, build, refresh=refresh, reasons=reasons)
 
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
@@ -209,6 +209,7 @@ class Run:
             name, state, round(seconds, 3), ref.digest if ref else "", tuple(reasons)
         )
         self.outcomes.append(outcome)
+        self.artifacts[name] = ref
         self.watcher.finished(outcome)
 
     def _check_until(self, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import BuildContext
-from vlmcore.recipe.schema import Dataset
+from vlmcore.recipe.schema import Dataset, Evaluate
 
 
 def raw_dataset(run: Run, name: str, dataset: Dataset, *, seed: int) -> Ref:
@@ -84,21 +84,21 @@ def energon(run: Run, name: str, *, shards: Ref) -> Ref:
     )
 
 
-def holdout(run: Run, name: str, *, raw: Ref, split: str, limit: int | None) -> Ref:
-    """Questions and expected answers of a held-out split."""
+def holdout(run: Run, entry: Evaluate, *, raw: Ref) -> Ref:
+    """Questions and expected answers of a held-out split, for one benchmark."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from data_prep.holdout import write_holdout
 
         assert raw is not None
-        report = write_holdout(raw.path, context.path, split=split, limit=limit)
+        report = write_holdout(raw.path, context.path, split=entry.split, limit=entry.limit)
         return asdict(report)
 
     return run.stage(
-        f"data.{name}.holdout.{split}",
+        f"data.{entry.data}.{entry.benchmark}",
         build,
         kind="data.holdout",
         version=1,
-        params={"split": split, "limit": limit},
+        params={"split": entry.split, "limit": entry.limit},
         inputs={"raw": raw},
     )

@@ -21,7 +21,7 @@ def evaluate(
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from data_prep.holdout import RECORDS_NAME
-        from vlmcore.evaluation import score
+        from vlmcore.evaluation.score import score
         from vlmcore.serving import serve as serve_model
         from vlmcore.weights.architecture import check_against_architecture
 

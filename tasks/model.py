@@ -28,7 +28,7 @@ def donor(run: Run, role: str, name: str, *, seed: int) -> Ref:
 
 
 def swap(run: Run, *, vlm: Ref, llm: Ref, seed: int) -> Ref:
-    """The shell of `vlm` with the language model of `llm`, and the proof that nothing else moved."""
+    """The shell of `vlm` with the language model of `llm`, and its proof."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.surgery.proof import prove_swap

@@ -16,7 +16,7 @@ LOSS_PLOT = "loss.svg"
 
 
 def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -> Ref:
-    """A trained Megatron model folder with its metrics; a killed one goes on where it saved last."""
+    """A trained Megatron model folder; a killed build goes on from its last checkpoint."""
     name = f"train.{stage.name}"
 
     def build(context: BuildContext) -> Mapping[str, Any]:

@@ -86,6 +86,13 @@ def test_the_header_says_what_came_out_and_whether_the_gates_hold(run):
     assert "python&nbsp; 3." in header
 
 
+def test_a_score_stands_with_its_count_and_its_95_percent_interval(run):
+    text = text_of(render_report(run.report()))
+    # Wilson's interval of 36 of 60 and 54 of 60, as scipy.stats.binomtest gives it
+    assert "align 60.0 % 36 of 60 (47.4 % – 71.4 %)" in text
+    assert "full 90.0 % 54 of 60 (79.9 % – 95.3 %)" in text
+
+
 def test_every_stage_is_a_box_that_leads_to_its_row(run):
     report = run.report()
     html = render_report(report)

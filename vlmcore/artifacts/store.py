@@ -101,6 +101,17 @@ class Store:
             return None
         return ref
 
+    def record(self, ref: ArtifactRef) -> BuildRecord:
+        """The build record behind a reference.
+
+        Raises:
+            ArtifactError: the store has none.
+        """
+        record = self._read_record(self._record_path(ref.stage, ref.key))
+        if record is None:
+            raise ArtifactError(f"{ref}: {self.root} has no record of it. Run the recipe again.")
+        return record
+
     def ref(self, record: BuildRecord) -> ArtifactRef:
         """The reference to what a record tells of, whether or not its content is still there."""
         path = self._object_path(record.stage, record.digest)

@@ -1,0 +1,93 @@
+"""The pipeline, stage by stage: from donors and data to a scored model and its report."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from tasks.caching import Ref, Run, UntilReached
+from tasks.convert import export, to_mcore
+from tasks.data import energon, holdout, raw_dataset, shards
+from tasks.evaluation import evaluate
+from tasks.model import donor, swap
+from tasks.report import report
+from tasks.training import train
+from vlmcore.errors import GateError
+from vlmcore.evaluation.gates import GateResult, check_gates
+from vlmcore.recipe import Recipe
+
+
+@dataclass
+class Results:
+    """What came out: scores by checkpoint, and the gates held against them."""
+
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    gates: list[GateResult] = field(default_factory=list)
+
+    def require_gates(self) -> None:
+        """Fails where a score misses a gate.
+
+        Raises:
+            GateError: Lists the gates that were missed, with the scores.
+        """
+        missed = [f"{g.gate}: found {g.value:.4g}" for g in self.gates if not g.passed]
+        if missed:
+            raise GateError("gates missed: " + "; ".join(missed))
+
+
+def run_pipeline(run: Run, recipe: Recipe) -> Results:
+    """Walks the stages of a recipe; ends early where the run's `until` says so."""
+    results = Results()
+    with suppress(UntilReached):
+        _walk(run, recipe, results)
+    return results
+
+
+def _walk(run: Run, recipe: Recipe, results: Results) -> None:
+    raw = {
+        name: raw_dataset(run, name, spec, seed=recipe.seed) for name, spec in recipe.data.items()
+    }
+    tars = {name: shards(run, name, spec, raw=raw[name]) for name, spec in recipe.data.items()}
+    data = {name: energon(run, name, shards=tars[name]) for name in recipe.data}
+
+    model = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed)
+    if recipe.model.llm is not None:
+        llm = _taught_llm(run, recipe, data)
+        model = swap(run, vlm=model, llm=llm, seed=recipe.seed)
+
+    checkpoints = {"swap": model}
+    trained = to_mcore(run, "to_mcore", recipe.convert, model=model)
+    for stage in recipe.train:
+        if stage.model == "vlm":
+            datasets = [data[name] for name in stage.data]
+            trained = train(run, stage, model=trained, datasets=datasets)
+            exported = export(run, f"export.{stage.name}", recipe.export, trained=trained)
+            checkpoints[stage.name] = exported
+
+    for entry in recipe.evaluate:
+        asked = holdout(run, entry, raw=raw[entry.data])
+        for checkpoint in recipe.scored_checkpoints(entry):
+            answers = evaluate(
+                run, checkpoint, entry, recipe.serve, model=checkpoints[checkpoint], holdout=asked
+            )
+            if answers is not None:
+                scores = results.scores.setdefault(checkpoint, {})
+                scores |= run.store.record(answers).metrics["scores"]
+    if all(answer is not None for answer in run.artifacts.values()):
+        results.gates = check_gates(
+            recipe.gates, results.scores, default_checkpoint=recipe.checkpoints[-1]
+        )
+    report(run, recipe, scores=results.scores, gates=results.gates)
+
+
+def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref]) -> Ref:
+    """The LLM donor, after the stages that train it before the swap."""
+    llm = donor(run, "llm", recipe.model.llm, seed=recipe.seed)
+    stages = [stage for stage in recipe.train if stage.model == "llm"]
+    if not stages:
+        return llm
+    trained = to_mcore(run, "to_mcore.llm", recipe.convert, model=llm)
+    for stage in stages:
+        datasets = [data[name] for name in stage.data]
+        trained = train(run, stage, model=trained, datasets=datasets)
+    return export(run, f"export.{stages[-1].name}", recipe.export, trained=trained)
