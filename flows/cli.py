@@ -220,7 +220,8 @@ def recipe_schema() -> None:
 @recipe_app.command("check")
 def recipe_check(recipe: RecipeArg, set_: SetOption = []) -> None:  # noqa: B006
     """Load a recipe and print it with every default, or list all of its faults."""
-    from vlmcore.recipe import dump_recipe, load_recipe
+    from vlmcore.recipe import load_recipe
+    from vlmcore.recipe.loading import dump_recipe
 
     typer.echo(dump_recipe(load_recipe(recipe, set_)), nl=False)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import BuildContext
 from vlmcore.evaluation.gates import GateResult
-from vlmcore.recipe import Recipe, dump_recipe
+from vlmcore.recipe import Recipe
+from vlmcore.recipe.loading import dump_recipe
 
 PAGE = "report.html"
 
