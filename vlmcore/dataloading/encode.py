@@ -64,7 +64,7 @@ class ConversationEncoder:
                 f"{hf_dir}: the tokenizer has no chat template; add chat_template.jinja"
             )
         self.image_processor: Any = None
-        self.image_token_id = -1
+        self.image_token_id: Any = -1
         if self.family.vision is not None:
             limits = {} if max_pixels is None else {"max_pixels": max_pixels}
             self.image_processor = AutoImageProcessor.from_pretrained(hf_dir, **limits)

@@ -70,19 +70,6 @@ class Precision(_Document):
     passed: bool
 
 
-class Reload(_Document):
-    """`reload.json` of an export: trained against reloaded logits."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    max_diff: float
-
-    @property
-    def passed(self) -> bool:
-        """The stage's own verdict where it wrote one, else whether nothing differs."""
-        return bool((self.model_extra or {}).get("passed", self.max_diff == 0))
-
-
 class Shards(_Document):
     """`report.json` of a dataset's shards: by split, what was written; by cause, what was not."""
 

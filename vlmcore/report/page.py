@@ -16,7 +16,6 @@ from vlmcore.report.documents import (
     FreezeGroup,
     Precision,
     Prediction,
-    Reload,
     Shards,
     Step,
     SwapProof,
@@ -136,7 +135,7 @@ def render_report(report: ReportInput) -> str:
     }
     swap = read_document(report.folders, "swap", "proof.json", SwapProof)
     precision = _read_all(report, "to_mcore", "precision.json", list[Precision])
-    reloads = _read_all(report, "export", "reload.json", Reload)
+    reloads = _read_all(report, "export", "precision.json", list[Precision])
     return render(
         "page.html.jinja",
         report=report,
@@ -162,7 +161,7 @@ def render_report(report: ReportInput) -> str:
         checks=[
             _check("Swap proof", "#swap", [swap], lambda proof: [proof]),
             _check("Precision", "#precision", precision, lambda tests: tests),
-            _check("Export reload", "#reload", reloads, lambda one: [one]),
+            _check("Export reload", "#reload", reloads, lambda tests: tests),
         ],
         data=[
             read_document(report.folders, stage, "report.json", Shards)
@@ -276,8 +275,8 @@ def _gallery(
 
 def _holdout(report: ReportInput, stage: str) -> Path | None:
     """The folder of the holdout that an evaluation was built from."""
-    inputs = [ref for one in report.records if one.stage == stage for _, ref in one.input_refs]
-    names = (ref.stage for ref in inputs if ref.stage.endswith(".holdout"))
+    inputs = [pair for one in report.records if one.stage == stage for pair in one.input_refs]
+    names = (ref.stage for name, ref in inputs if name == "holdout")
     return report.folders.get(next(names, ""))
 
 

@@ -147,7 +147,7 @@ def build_tiny_qwen3_vl(target: Path, *, seed: int) -> None:
     _write_processor_files(target)
 
 
-def _token_ids(tokenizer: Any) -> dict[str, int]:
+def _token_ids(tokenizer: Any) -> dict[str, Any]:
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     return {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
 

@@ -181,11 +181,11 @@ def _write_shard(
                 raise WeightError(
                     f"{key}: got {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
                 )
-            file.write(memoryview(tensor_bytes(tensor)))
+            file.write(tensor_bytes(tensor))
     return position
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return flat.numpy().data

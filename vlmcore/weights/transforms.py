@@ -35,4 +35,4 @@ def split_qkv(
     rest = fused.shape[1:]
     by_group = fused.reshape(groups, -1, *rest)
     q, k, v = by_group.split([by_group.shape[1] - 2 * dim, dim, dim], dim=1)
-    return tuple(part.reshape(-1, *rest) for part in (q, k, v))  # type: ignore[return-value]
+    return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
