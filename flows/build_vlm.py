@@ -10,79 +10,96 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
 from prefect import flow  # noqa: E402
-from pydantic import Field  # noqa: E402
+from prefect.states import Failed  # noqa: E402
+from pydantic import WithJsonSchema  # noqa: E402
 
-from flows.pipeline import Results, run_pipeline  # noqa: E402
+from flows.pipeline import Results, plan, run_pipeline, stages_to_offer  # noqa: E402
 from flows.request import Request, make_request  # noqa: E402
 from tasks.caching import Run, Watcher  # noqa: E402
-from tasks.prefect_tasks import PrefectWatcher, as_prefect_task, publish_summary  # noqa: E402
+from tasks.prefect_tasks import (  # noqa: E402
+    PrefectWatcher,
+    as_prefect_task,
+    publish_results,
+    publish_stages,
+)
 from vlmcore.artifacts import Store  # noqa: E402
+from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.proc import reap  # noqa: E402
 from vlmcore.recipe import list_recipes  # noqa: E402
 
-_NAMES = tuple(sorted(path.stem for path in list_recipes()))
-RecipeName: Any = Literal[_NAMES] if _NAMES else str  # the UI offers these
+_RECIPES = tuple(path.stem for path in list_recipes())
+# a menu in the UI; the schema is spelled out because a Literal of one value would be a constant
+RecipeName: Any = Annotated[
+    Literal[_RECIPES] if _RECIPES else str,
+    WithJsonSchema({"type": "string", "enum": list(_RECIPES)}),
+]
+StageName: Any = Literal[stages_to_offer()]
+DESCRIPTION = "Builds what the store lacks of a recipe, scores the checkpoints, holds the gates."
 
 
-@flow(name="build_vlm", flow_run_name="{recipe}", persist_result=False)
+@flow(name="build_vlm", description=DESCRIPTION, flow_run_name="{recipe}", persist_result=False)
 def build_vlm(
-    recipe: Annotated[
-        RecipeName, Field(description="Recipe.", json_schema_extra={"position": 0})
-    ] = "handwritten_numbers",
-    refresh: Annotated[
-        list[str],
-        Field(
-            description="Stages to build again although the store has them, e.g. train.full.",
-            json_schema_extra={"position": 1},
-        ),
-    ] = [],  # noqa: B006 - prefect reads it, nobody writes it
-    overrides: Annotated[
-        list[str],
-        Field(
-            description="Values other than the recipe's, e.g. train.full.learning_rate=1e-4.",
-            json_schema_extra={"position": 2},
-        ),
-    ] = [],  # noqa: B006
-    start_from: Annotated[
-        str,
-        Field(
-            description="Build nothing before this stage; what precedes it must be in the store.",
-            json_schema_extra={"position": 3},
-        ),
-    ] = "",
-    until: Annotated[
-        str, Field(description="End after this stage.", json_schema_extra={"position": 4})
-    ] = "",
-    store: Annotated[
-        str,
-        Field(
-            description="Artifact store; empty: $VLMFLOW_STORE, else .vlmflow/store.",
-            json_schema_extra={"position": 5},
-        ),
-    ] = "",
-) -> None:
-    """Builds what the store lacks of a recipe's stages, scores the checkpoints, holds the gates."""
-    request = make_request(
-        recipe,
-        overrides=overrides,
-        refresh=refresh,
-        start_from=start_from,
-        until=until,
-        store=store,
-    )
-    walk(new_run(request, Watcher()), request).require_gates()
+    recipe: RecipeName = "handwritten_numbers",
+    refresh: list[StageName] = [],  # noqa: B006 - prefect reads it, nobody writes it
+    overrides: list[str] = [],  # noqa: B006
+    start_from: str = "",
+    until: str = "",
+    store: str = "",
+) -> Any:
+    """The flow of both deployments; the UI's form takes its help from these lines.
+
+    Args:
+        recipe: What to build: one of the files in deployments/recipes.
+        refresh: Stages to build again although the store has them; `train` means all under it.
+            What comes after them runs again only if their content has changed.
+        overrides: Values other than the recipe's, as after `--set` on the command line:
+            train.full.learning_rate=1e-4
+        start_from: Build nothing before this stage, e.g. train.full; what precedes it must be in
+            the store. Empty: from the start.
+        until: End after this stage, e.g. export.full. Empty: go on to the report.
+        store: Folder of the artifacts. Empty: the one that `vlmflow up` has shown.
+    """
+    try:
+        request = make_request(
+            recipe,
+            overrides=overrides,
+            refresh=refresh,
+            start_from=start_from,
+            until=until,
+            store=store,
+        )
+        plan(request)  # finds stage names that do not exist before anything is built
+        walk(new_run(request, Watcher()), request).require_gates()
+    except VlmflowError as error:
+        return Failed(message=str(error))  # raised, it would be a page of traceback in the UI
+    return None
 
 
 def run_as_flow(request: Request, run: Run) -> Results:
-    """Runs a request as a flow run of `build_vlm` in this process; gates are the caller's."""
-    done: list[Results] = []
+    """Runs a request as a flow run of `build_vlm` in this process.
+
+    A missed gate fails the flow run, but not this function: the results are the caller's to show.
+    """
+    results: list[Results] = []
+    errors: list[VlmflowError] = []
 
     @flow(name="build_vlm", flow_run_name=request.recipe.name, persist_result=False)
-    def build(recipe: str, refresh: list[str], start_from: str | None, until: str | None) -> None:
-        done.append(walk(run, request))
+    def build(recipe: str, refresh: list[str], start_from: str | None, until: str | None) -> Any:
+        try:
+            results.append(walk(run, request))
+            results[0].require_gates()
+        except VlmflowError as error:
+            errors.append(error)
+            return Failed(message=str(error))
+        return None
 
-    build(request.recipe.name, list(request.refresh), request.start_from, request.until)
-    return done[0]
+    asked = (list(request.refresh), request.start_from, request.until)
+    state = build(request.recipe.name, *asked, return_state=True)
+    if not results:
+        if errors:
+            raise errors[0]
+        state.result()  # raises what the flow died of
+    return results[0]
 
 
 def new_run(request: Request, watcher: Watcher) -> Run:
@@ -100,15 +117,18 @@ def new_run(request: Request, watcher: Watcher) -> Run:
 
 def walk(run: Run, request: Request) -> Results:
     """The body of a flow run: the pipeline, then what the UI shows of it."""
-    with reap():
-        results = run_pipeline(run, request.recipe)
+    try:
+        with reap():
+            results = run_pipeline(run, request.recipe)
+    except VlmflowError:
+        publish_stages(request.recipe.name, run.outcomes)
+        raise
+    publish_stages(request.recipe.name, run.outcomes)
     report = run.artifacts.get("report")
-    publish_summary(
-        table=[
-            {"stage": o.name, "state": o.state, "seconds": o.seconds, "digest": o.digest[:12]}
-            for o in run.outcomes
-        ],
-        scores=[{"checkpoint": name, **values} for name, values in results.scores.items()],
-        report_path=str(report.path / "report.html") if report else None,
+    publish_results(
+        request.recipe.name,
+        results.scores,
+        results.gates,
+        report=report.path / "report.html" if report else None,
     )
     return results

@@ -119,9 +119,10 @@ def run(
 def _run(request: Request) -> tuple[Run, Results, VlmflowError | None]:
     """Runs a request; an error of the user's comes back beside what was done before it."""
     from flows.pipeline import Results
+    from flows.pipeline import plan as walk_dry
     from flows.terminal import TerminalWatcher
 
-    planned, results = _plan(request)
+    planned, results = walk_dry(request)
     if all(outcome.state == "cached" for outcome in planned.outcomes) and not os.environ.get(
         "PREFECT_API_URL"
     ):
@@ -138,30 +139,6 @@ def _run(request: Request) -> tuple[Run, Results, VlmflowError | None]:
             return run, run_as_flow(request, run), None
         except VlmflowError as error:
             return run, Results(), error
-
-
-def _plan(request: Request) -> tuple[Run, Results]:
-    """Walks the pipeline without building; also finds stage names that do not exist."""
-    from flows.pipeline import run_pipeline
-    from tasks.caching import Run, matches
-    from vlmcore.artifacts import Store
-
-    def walk(**limits: Any) -> tuple[Run, Results]:
-        run = Run(Store(request.store), log_dir=request.log_dir, dry=True, **limits)
-        return run, run_pipeline(run, request.recipe)
-
-    whole, results = walk(refresh=request.refresh)
-    names = [outcome.name for outcome in whole.outcomes]
-    asked = [*request.refresh, request.start_from, request.until]
-    for pattern in filter(None, asked):
-        if not any(matches(name, pattern) for name in names):
-            raise VlmflowError(
-                f"no stage is named {pattern!r}; the stages of {request.recipe.name} are: "
-                f"{', '.join(names)}"
-            )
-    if request.start_from or request.until:
-        return walk(refresh=request.refresh, start_from=request.start_from, until=request.until)
-    return whole, results
 
 
 def _request(recipe: str, **options: Any) -> Request:
@@ -184,7 +161,9 @@ def plan(
     request = _request(
         recipe, overrides=set_, refresh=refresh, start_from=from_, until=until, store=store
     )
-    planned, _ = _plan(request)
+    from flows.pipeline import plan as walk_dry
+
+    planned, _ = walk_dry(request)
     if json_:
         _print_json(
             {
@@ -198,6 +177,22 @@ def plan(
     from flows.terminal import plan_table
 
     Console().print(plan_table(planned.outcomes))
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="Port of the UI and the API.")] = 4200,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Start a Prefect server, a worker and the deployments; Ctrl-C stops them."""
+    from flows.up import screen
+    from flows.up import up as start
+
+    console.print("starting Prefect …", style="dim")
+    with contextlib.suppress(KeyboardInterrupt), start(host=host, port=port) as instance:
+        console.print(screen(instance), highlight=False, markup=False, soft_wrap=True)
+        instance.wait()
+    console.print("stopped")
 
 
 @recipe_app.command("list")
@@ -337,6 +332,8 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """Entry point: errors that are the user's come as sentences, not as tracebacks."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # Prefect's lines belong to its UI; here stages print theirs
+    logging.root.handlers[0].addFilter(lambda record: not record.name.startswith("prefect"))
     try:
         app(standalone_mode=True)
     except GateError as error:

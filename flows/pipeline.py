@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
-from tasks.caching import Ref, Run, UntilReached
+from flows.request import Request
+from tasks.caching import Ref, Run, UntilReached, matches
 from tasks.convert import export, to_mcore
 from tasks.data import energon, holdout, raw_dataset, shards
 from tasks.evaluation import evaluate
 from tasks.model import donor, swap
 from tasks.report import report
 from tasks.training import train
-from vlmcore.errors import GateError
+from vlmcore.artifacts import Store
+from vlmcore.errors import GateError, RecipeError, VlmflowError
 from vlmcore.evaluation.gates import GateResult, check_gates
-from vlmcore.recipe import Recipe
+from vlmcore.recipe import Recipe, list_recipes, load_recipe
 
 
 @dataclass
@@ -41,6 +44,44 @@ def run_pipeline(run: Run, recipe: Recipe) -> Results:
     with suppress(UntilReached):
         _walk(run, recipe, results)
     return results
+
+
+def plan(request: Request) -> tuple[Run, Results]:
+    """Walks the pipeline without building.
+
+    Raises:
+        VlmflowError: The request names a stage that the pipeline does not have.
+    """
+
+    def walk(**limits: Any) -> tuple[Run, Results]:
+        run = Run(Store(request.store), log_dir=request.log_dir, dry=True, **limits)
+        return run, run_pipeline(run, request.recipe)
+
+    whole, results = walk(refresh=request.refresh)
+    names = [outcome.name for outcome in whole.outcomes]
+    asked = [*request.refresh, request.start_from, request.until]
+    for pattern in filter(None, asked):
+        if not any(matches(name, pattern) for name in names):
+            raise VlmflowError(
+                f"no stage is named {pattern!r}; the stages of {request.recipe.name} are: "
+                f"{', '.join(names)}"
+            )
+    if request.start_from or request.until:
+        return walk(refresh=request.refresh, start_from=request.start_from, until=request.until)
+    return whole, results
+
+
+def stages_to_offer() -> tuple[str, ...]:
+    """Stages and prefixes that a form can offer, over all recipes of the checkout."""
+    names = {"data", "model", "swap", "to_mcore", "train", "export", "evaluate", "report"}
+    for path in list_recipes():
+        with suppress(RecipeError):  # told when somebody runs that recipe
+            recipe = load_recipe(path)
+            names |= {f"data.{name}" for name in recipe.data}
+            for stage in recipe.train:
+                names |= {f"train.{stage.name}", f"export.{stage.name}"}
+            names |= {f"evaluate.{name}" for name in recipe.checkpoints}
+    return tuple(sorted(names))
 
 
 def _walk(run: Run, recipe: Recipe, results: Results) -> None:

@@ -59,6 +59,7 @@ class TerminalWatcher(Watcher):
             f"[{_STYLES[outcome.state]}]{outcome.state:>7}[/]  {outcome.name:<28}"
             f"{outcome.seconds:>7.1f} s  [dim]{outcome.digest[:12]}[/]{why}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -31,10 +31,13 @@ def swap(run: Run, *, vlm: Ref, llm: Ref, seed: int) -> Ref:
     """The shell of `vlm` with the language model of `llm`, and its proof."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
+        from transformers.utils.logging import disable_progress_bar
+
         from vlmcore.surgery.proof import prove_swap
         from vlmcore.surgery.swap import swap_llm
 
         assert vlm is not None and llm is not None
+        disable_progress_bar()  # one bar a donor says nothing beside our own
         ledger = swap_llm(vlm.path, llm.path, context.path, seed=seed)
         proof = prove_swap(context.path, vlm.path, llm.path, ledger)
         (context.path / "proof.json").write_text(json.dumps(proof, indent=1) + "\n")

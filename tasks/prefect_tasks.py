@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 from prefect import task
 from prefect.artifacts import (
-    create_link_artifact,
+    create_markdown_artifact,
     create_progress_artifact,
     create_table_artifact,
     update_progress_artifact,
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 
 from tasks.caching import StageOutcome, Watcher
 from vlmcore.artifacts import BuildResult, StageSpec
+from vlmcore.errors import VlmflowError
+from vlmcore.evaluation.gates import GateResult
 
 SECONDS_BETWEEN_UPDATES = 2.0
 
 
 def as_prefect_task(spec: StageSpec, work: Callable[[], BuildResult]) -> BuildResult:
     """Runs a stage as a Prefect task that carries its name; an executor for `Run`."""
-    done: list[BuildResult] = []
+    results: list[BuildResult] = []
+    errors: list[VlmflowError] = []
 
     @task(name=spec.kind, task_run_name=spec.stage, cache_policy=NO_CACHE, persist_result=False)
     def stage() -> Any:
-        result = work()
-        done.append(result)
-        if result.state == "cached":
-            return Completed(name="Cached", message=f"{result.ref} is in the store")
-        return Completed(message=f"{result.ref} built in {result.seconds:.1f} s")
+        try:
+            results.append(work())
+        except VlmflowError as error:
+            errors.append(error)
+            return Failed(message=str(error))  # raised, its traceback would bury the sentence
+        ref, seconds = results[0].ref, results[0].seconds
+        if results[0].state == "cached":
+            return Completed(name="Cached", message=f"in the store: {ref}")
+        return Completed(message=f"built in {seconds:.1f} s: {ref}")
 
-    stage()
-    return done[0]
+    state = stage(return_state=True)
+    if errors:
+        raise errors[0]
+    if not results:
+        state.result()  # raises what the stage died of
+    return results[0]
 
 
 class PrefectWatcher(Watcher):
@@ -58,8 +71,7 @@ class PrefectWatcher(Watcher):
         self._inner.progress(stage, done, total, text)
         percent = 100.0 * done / total
         if stage not in self._artifacts:
-            key = stage.replace(".", "-").replace("_", "-")
-            created = create_progress_artifact(percent, key=key, description=text or stage)
+            created = create_progress_artifact(percent, key=_key(stage), description=text or stage)
             self._artifacts[stage] = created  # type: ignore[assignment]
         elif time.monotonic() - self._updated_at > SECONDS_BETWEEN_UPDATES or done == total:
             update_progress_artifact(self._artifacts[stage], percent, description=text)
@@ -71,12 +83,42 @@ class PrefectWatcher(Watcher):
         self._inner.finished(outcome)
 
 
-def publish_summary(
-    *, table: list[dict[str, Any]], scores: list[dict[str, Any]], report_path: str | None
+def publish_stages(recipe: str, outcomes: Sequence[StageOutcome]) -> None:
+    """Shows what ran, what was cached, and why."""
+    rows = [
+        {
+            "stage": o.name,
+            "state": o.state,
+            "seconds": o.seconds,
+            "digest": o.digest[:12],
+            "why": "; ".join(o.reasons),
+        }
+        for o in outcomes
+    ]
+    create_table_artifact(rows, key=_key(recipe, "stages"), description="What ran, and why")
+
+
+def publish_results(
+    recipe: str,
+    scores: Mapping[str, Mapping[str, float]],
+    gates: Sequence[GateResult],
+    *,
+    report: Path | None,
 ) -> None:
-    """Shows a run's stages, scores and report in the Prefect UI."""
-    create_table_artifact(table, key="stages", description="What ran and what was cached")
+    """Shows the scores as a table, and the gates and the report's place as a page."""
     if scores:
-        create_table_artifact(scores, key="scores", description="Scores by checkpoint")
-    if report_path:
-        create_link_artifact(f"file://{report_path}", link_text="report.html", key="report")
+        rows = [{"checkpoint": name, **values} for name, values in scores.items()]
+        create_table_artifact(rows, key=_key(recipe, "scores"), description="Scores by checkpoint")
+    if report:
+        verdicts = {True: "passed", False: "**missed**"}
+        lines = [f"- gate `{g.gate}`: {g.value:.4f}, {verdicts[g.passed]}" for g in gates]
+        # a browser opens no file:// link of a page that came over http
+        lines.append(f"- the report is a file, open it beside this page: `{report}`")
+        create_markdown_artifact(
+            "\n".join([f"# {recipe}", *lines]), key=_key(recipe, "report"), description="Report"
+        )
+
+
+def _key(*parts: str) -> str:
+    """An artifact key as Prefect takes it: lower case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")

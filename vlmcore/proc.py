@@ -147,6 +147,22 @@ def free_port(host: str = "127.0.0.1") -> int:
         return probe.getsockname()[1]
 
 
+def port_holder(host: str, port: int) -> str | None:
+    """Who keeps us from listening on a port, for an error message; None when it is free."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return f"{error.strerror}; {_listener(port)} answers there"
+    return None
+
+
+def reachable(host: str) -> str:
+    """An address at which a server that listens on `host` can be asked from here."""
+    return "127.0.0.1" if host in ("", "0.0.0.0") else host
+
+
 def failure(
     cmd: Command, *, exit_code: int, tail: str, log_path: Path | None = None
 ) -> ChildFailedError:
@@ -154,6 +170,18 @@ def failure(
     where = f" (whole output: {log_path})" if log_path else ""
     message = f"{Path(cmd[0]).name} ended with {_cause(exit_code)}{where}; its last lines:\n{tail}"
     return ChildFailedError(message, exit_code=exit_code, tail=tail)
+
+
+def _listener(port: int) -> str:
+    import psutil
+
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
+            if connection.pid is None:
+                break
+            program = " ".join(psutil.Process(connection.pid).cmdline())
+            return f"process {connection.pid} (`{program[:120]}`)"
+    return "a process of another user"
 
 
 def _cause(exit_code: int) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -75,7 +74,7 @@ def serve(
     env = engines.environment(engine)
     started = time.monotonic()
     with proc.child(cmd, log_path=log_path, env=env, grace_s=STOP_GRACE_S) as server:
-        url = f"http://{_reachable(options.host)}:{port}"
+        url = f"http://{proc.reachable(options.host)}:{port}"
         sent_name = engines.sent_name(engine, model_dir, model_name=model_name)
         _wait_until_healthy(server, url, timeout_s=options.startup_timeout_s)
         _require_answer(server, url, sent_name)
@@ -89,34 +88,12 @@ def serve(
             raise
 
 
-def _reachable(host: str) -> str:
-    """An address at which a server that listens on `host` can be asked from here."""
-    return "127.0.0.1" if host in ("", "0.0.0.0") else host
-
-
 def _require_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServeError(
-                f"serve.port: cannot listen on {host}:{port} ({error.strerror}); "
-                f"{_listener(port)} answers there. Stop it, or leave serve.port empty for a free "
-                "port."
-            ) from error
-
-
-def _listener(port: int) -> str:
-    import psutil
-
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port:
-            if connection.pid is None:
-                break
-            program = " ".join(psutil.Process(connection.pid).cmdline())
-            return f"process {connection.pid} (`{program[:120]}`)"
-    return "a process of another user"
+    if holder := proc.port_holder(host, port):
+        raise ServeError(
+            f"serve.port: cannot listen on {host}:{port} ({holder}). Stop it, or leave serve.port "
+            "empty for a free port."
+        )
 
 
 def _wait_until_healthy(server: proc.Child, url: str, *, timeout_s: float) -> None:

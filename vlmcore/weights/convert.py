@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 SIDECAR = "hf"  # config, tokenizer and processor files beside it
 REPORT = "conversion.json"
+VOCABULARY = ("word_embeddings.weight", "output_layer.weight")  # first dimension, padded by Megatron
 
 
 def to_mcore(
@@ -198,17 +199,16 @@ def _check_stored(plan: Plan, reader: TorchDistReader) -> None:
     faults += [
         f"{key}: shape {reader.info(key)[0]}, expected {expected[key]}"
         for key in sorted(set(expected) & stored)
-        if not _fits(reader.info(key)[0], expected[key])
+        if not _fits(key, reader.info(key)[0], expected[key])
     ]
     if faults:
         raise WeightError(f"{reader.folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
 
 
-def _fits(stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal, or longer along the first dimension alone: the vocabulary's padding is trimmed."""
-    return stored == expected or (
-        len(stored) == len(expected) == 2 and stored[0] > expected[0] and stored[1] == expected[1]
-    )
+def _fits(key: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal, or padded along the vocabulary, which is trimmed."""
+    padded = key.endswith(VOCABULARY) and stored[0] > expected[0] and stored[1:] == expected[1:]
+    return stored == expected or padded
 
 
 def _check_ledger(counts: Mapping[str, int], expected: set[str], verb: str) -> None:

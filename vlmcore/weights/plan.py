@@ -118,9 +118,10 @@ def build_plan(family: Family, config: Config, hf_shapes: Mapping[str, Shape]) -
 def _matches(row: Row, hf_shapes: Mapping[str, Shape], faults: list[str]) -> Iterator[_Match]:
     """The groups of keys that a row consumes; partners that are missing go to `faults`."""
     if isinstance(row, Subtree):
-        for key in sorted(hf_shapes):
-            if key.startswith(row.hf):
-                yield _Match(None, (key,))
+        below = sorted(key for key in hf_shapes if key.startswith(row.hf))
+        if not below:
+            faults.append(f"{row.hf}*: the checkpoint has no such tensor")
+        yield from (_Match(None, (key,)) for key in below)
         return
     patterns = hf_patterns(row)
     layers: set[int | None] = set()
@@ -129,6 +130,8 @@ def _matches(row: Row, hf_shapes: Mapping[str, Shape], faults: list[str]) -> Ite
         for key in hf_shapes:
             if found := regex.match(key):
                 layers.add(int(found["layer"]) if "{layer}" in pattern else None)
+    if not layers and not isinstance(row, Tied | Drop):  # those two may find nothing
+        faults.append(f"{', '.join(patterns)}: the checkpoint has no such tensor")
     for layer in sorted(layers, key=lambda i: -1 if i is None else i):
         keys = tuple(p if layer is None else p.replace("{layer}", str(layer)) for p in patterns)
         missing = [key for key in keys if key not in hf_shapes]

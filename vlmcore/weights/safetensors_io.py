@@ -43,7 +43,7 @@ class SafetensorsFolder(Mapping[str, TensorInfo]):
 
     Raises:
         WeightError: No shard, an index that names a missing file or key, a truncated shard, a key
-            that stands in two shards.
+            that stands in two shards, a dtype that only quantized checkpoints have.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -76,7 +76,14 @@ class SafetensorsFolder(Mapping[str, TensorInfo]):
             if key in self._infos:
                 raise WeightError(f"{key}: stands in {self._infos[key].file.name} and {file.name}")
             part = handle.get_slice(key)
-            self._infos[key] = TensorInfo(tuple(part.get_shape()), _DTYPES[part.get_dtype()], file)
+            code = part.get_dtype()
+            if code not in _DTYPES:
+                known = ", ".join(sorted(_DTYPES))
+                raise WeightError(
+                    f"{file}: {key}: dtype {code}, expected one of {known}; take the unquantized "
+                    f"checkpoint"
+                )
+            self._infos[key] = TensorInfo(tuple(part.get_shape()), _DTYPES[code], file)
 
     def __getitem__(self, key: str) -> TensorInfo:
         return self._infos[key]

@@ -232,9 +232,14 @@ class TorchDistReader:
         )
         if info is None:
             raise WeightError(f"{self.folder}: {index.fqn} at {index.offset} has no stored data")
-        with (self.folder / info.relative_path).open("rb") as file:
+        path = self.folder / info.relative_path
+        with path.open("rb") as file:
             file.seek(info.offset)
-            return torch.load(io.BytesIO(file.read(info.length)), weights_only=True)
+            data = io.BytesIO(file.read(info.length))
+        try:
+            return torch.load(data, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise WeightError(f"{path}: {index.fqn} is unreadable ({error})") from error
 
 
 def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
