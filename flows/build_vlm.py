@@ -17,8 +17,8 @@ from flows.pipeline import Results, plan, run_pipeline, stages_to_offer  # noqa:
 from flows.request import Request, make_request  # noqa: E402
 from tasks.caching import Run, Watcher  # noqa: E402
 from tasks.prefect_tasks import (  # noqa: E402
+    PrefectTasks,
     PrefectWatcher,
-    as_prefect_task,
     publish_results,
     publish_stages,
 )
@@ -110,7 +110,7 @@ def new_run(request: Request, watcher: Watcher) -> Run:
         refresh=request.refresh,
         start_from=request.start_from,
         until=request.until,
-        execute=as_prefect_task,
+        execute=PrefectTasks(),
         watcher=PrefectWatcher(watcher),
     )
 

@@ -110,11 +110,12 @@ def _environment(api_url: str, *, home: Path, store: Path) -> dict[str, str]:
             **os.environ,
             "PREFECT_HOME": str(home),
             "PREFECT_API_URL": api_url,
-            "PREFECT_SERVER_UI_API_URL": api_url,  # the UI asks port 4200 otherwise
+            "PREFECT_SERVER_UI_API_URL": "/api",  # where the page came from, not port 4200
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             # nothing leaves this machine
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "2",  # 10 unless told; somebody waits at the UI
             "VLMFLOW_STORE": str(store),
         }
     )

@@ -18,39 +18,52 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed
+from prefect.states import Completed, Failed, State
 
 from tasks.caching import StageOutcome, Watcher
-from vlmcore.artifacts import BuildResult, StageSpec
+from vlmcore.artifacts import ArtifactRef, BuildResult, StageSpec
 from vlmcore.errors import VlmflowError
 from vlmcore.evaluation.gates import GateResult
 
 SECONDS_BETWEEN_UPDATES = 2.0
 
 
-def as_prefect_task(spec: StageSpec, work: Callable[[], BuildResult]) -> BuildResult:
-    """Runs a stage as a Prefect task that carries its name; an executor for `Run`."""
-    results: list[BuildResult] = []
-    errors: list[VlmflowError] = []
+class PrefectTasks:
+    """Runs each stage as a Prefect task that carries its name; an executor for `Run`."""
 
-    @task(name=spec.kind, task_run_name=spec.stage, cache_policy=NO_CACHE, persist_result=False)
-    def stage() -> Any:
-        try:
-            results.append(work())
-        except VlmflowError as error:
-            errors.append(error)
-            return Failed(message=str(error))  # raised, its traceback would bury the sentence
-        ref, seconds = results[0].ref, results[0].seconds
-        if results[0].state == "cached":
-            return Completed(name="Cached", message=f"in the store: {ref}")
-        return Completed(message=f"built in {seconds:.1f} s: {ref}")
+    def __init__(self) -> None:
+        self._states: dict[str, State] = {}  # by artifact digest; the UI draws its arrows from them
 
-    state = stage(return_state=True)
-    if errors:
-        raise errors[0]
-    if not results:
-        state.result()  # raises what the stage died of
-    return results[0]
+    def __call__(self, spec: StageSpec, work: Callable[[], BuildResult]) -> BuildResult:
+        """Runs `work` as a task that follows the tasks of its inputs."""
+        results: list[BuildResult] = []
+        errors: list[VlmflowError] = []
+
+        @task(name=spec.kind, task_run_name=spec.stage, cache_policy=NO_CACHE, persist_result=False)
+        def stage() -> Any:
+            try:
+                results.append(work())
+            except VlmflowError as error:
+                errors.append(error)
+                return Failed(message=str(error))  # raised, a traceback would bury the sentence
+            ref, seconds = results[0].ref, results[0].seconds
+            if results[0].state == "cached":
+                return Completed(name="Cached", message=f"in the store: {ref}")
+            return Completed(message=f"built in {seconds:.1f} s: {ref}")
+
+        before = [self._states[ref.digest] for ref in _refs(spec) if ref.digest in self._states]
+        state = stage(wait_for=before, return_state=True)
+        if errors:
+            raise errors[0]
+        if not results:
+            state.result()  # raises what the stage died of
+        self._states[results[0].ref.digest] = state
+        return results[0]
+
+
+def _refs(spec: StageSpec) -> list[ArtifactRef]:
+    given = spec.inputs.values()
+    return [ref for one in given for ref in ([one] if isinstance(one, ArtifactRef) else one)]
 
 
 class PrefectWatcher(Watcher):
@@ -63,7 +76,7 @@ class PrefectWatcher(Watcher):
 
     def started(self, stage: str) -> None:
         """A stage begins to build."""
-        get_run_logger().info("%s: building", stage)
+        get_run_logger().info("building")
         self._inner.started(stage)
 
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
@@ -76,7 +89,7 @@ class PrefectWatcher(Watcher):
         elif time.monotonic() - self._updated_at > SECONDS_BETWEEN_UPDATES or done == total:
             update_progress_artifact(self._artifacts[stage], percent, description=text)
             self._updated_at = time.monotonic()
-            get_run_logger().info("%s: %d of %d  %s", stage, done, total, text)
+            get_run_logger().info("%d of %d  %s", done, total, text)
 
     def finished(self, outcome: StageOutcome) -> None:
         """A stage has ended."""

@@ -1,8 +1,8 @@
-"""Errors a user can act on: each names the thing, what was found, what was expected, and the remedy."""
+"""Errors a user can act on: each names the thing, what was found and expected, the remedy."""
 
 
 class VlmflowError(Exception):
-    """Base of every error that is the user's to mend; the command line prints it without a traceback."""
+    """Base of every error that is the user's to mend; printed without a traceback."""
 
 
 class RecipeError(VlmflowError):
@@ -22,7 +22,7 @@ class DataError(VlmflowError):
 
 
 class WeightError(VlmflowError):
-    """Checkpoint tensors are missing, unexpected, mis-shaped or mis-typed; the message lists all of them."""
+    """Checkpoint tensors are missing, unexpected, mis-shaped or mis-typed; all are listed."""
 
 
 class ProofError(VlmflowError):
@@ -38,7 +38,7 @@ class ServeError(VlmflowError):
 
 
 class TrainError(VlmflowError):
-    """A training stage cannot start or went wrong (nothing trainable, NaN loss, impossible layout)."""
+    """A training stage cannot start or went wrong: nothing trainable, NaN loss, wrong layout."""
 
 
 class EvaluationError(VlmflowError):

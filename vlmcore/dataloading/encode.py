@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmcore import compat
 from vlmcore.dataloading.positions import mrope_position_ids
 from vlmcore.errors import DataError
 from vlmcore.families import family_of, read_config
@@ -53,7 +52,6 @@ class ConversationEncoder:
     def __init__(
         self, hf_dir: Path, *, task: Literal["pt", "sft"], max_pixels: int | None = None
     ) -> None:
-        compat.install()
         from transformers import AutoImageProcessor, AutoTokenizer
 
         self.task = task

@@ -10,13 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vlmcore import compat
 from vlmcore.evaluation.job import Job
 
 
 def main(argv: list[str]) -> None:
     """Do the job that the file describes and write its result."""
-    compat.install()
     job = Job.model_validate_json(Path(argv[0]).read_text(encoding="utf-8"))
     match job.backend:
         case "native":

@@ -9,7 +9,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from vlmcore import compat
 from vlmcore.errors import WeightError
 from vlmcore.families import Family, family_of, read_config
 from vlmcore.models.language_model import build_language_model, transformer_config
@@ -89,7 +88,6 @@ def image_token_id(hf_dir: Path, family: Family) -> int:
 
 
 def _vision_model(hf_dir: Path, family: Family, *, dtype: torch.dtype) -> torch.nn.Module:
-    compat.install()
     import transformers
 
     assert family.vision is not None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.transformer_block import (
@@ -11,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from vlmcore.errors import TrainError
 from vlmcore.families import LanguageModel
@@ -131,4 +136,18 @@ def build_language_model(
         section=model.mrope_section,
         interleaved=model.mrope_interleaved,
     )
+    if gpt.vocab_size > model.vocab_size:
+        gpt.output_layer.register_forward_hook(partial(_mask_padding, model.vocab_size))
     return gpt
+
+
+def _mask_padding(
+    vocab_size: int, _: nn.Module, __: Any, output: tuple[Tensor, Any]
+) -> tuple[Tensor, Any]:
+    """Keeps the rows that only pad the vocabulary out of the softmax: HF's model has none."""
+    logits, bias = output
+    width = logits.shape[-1]
+    split = width < vocab_size  # else gathered from all ranks
+    start = parallel_state.get_tensor_model_parallel_rank() * width if split else 0
+    logits[..., max(vocab_size - start, 0) :] = torch.finfo(logits.dtype).min
+    return logits, bias

@@ -7,7 +7,6 @@ import logging
 import shutil
 from pathlib import Path
 
-from vlmcore import compat
 from vlmcore.errors import MissingExtraError, WeightError
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ def fetch_donor(name: str, target: Path, *, seed: int) -> None:
     scheme, rest = _split(name)
     target.mkdir(parents=True, exist_ok=True)
     if scheme == "builtin":
-        compat.install()
         from vlmcore.surgery.builtin import BUILTIN_DONORS
 
         if rest not in BUILTIN_DONORS:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from vlmcore import compat
 from vlmcore.errors import ProofError
 from vlmcore.families import family_of, read_config
 from vlmcore.surgery.swap import SwapLedger
@@ -26,7 +25,6 @@ def prove_swap(swapped: Path, vlm_dir: Path, llm_dir: Path, ledger: SwapLedger) 
     Raises:
         ProofError: A figure differs from what is expected; the message holds all of them.
     """
-    compat.install()
     import transformers
 
     swapped_class = getattr(transformers, family_of(read_config(swapped)).architecture)

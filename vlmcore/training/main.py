@@ -10,10 +10,6 @@ from pathlib import Path
 
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
-from vlmcore import compat  # noqa: E402
-
-compat.install()
-
 from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.job import TrainJob  # noqa: E402

@@ -17,10 +17,6 @@ from typing import Any
 
 warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
-from vlmcore import compat  # noqa: E402
-
-compat.install()
-
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402

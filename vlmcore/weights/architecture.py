@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from vlmcore import compat
 from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
 from vlmcore.weights.safetensors_io import SafetensorsFolder
@@ -19,7 +18,6 @@ def architecture_shapes(model_dir: Path) -> dict[str, Shape]:
 
     Tied tensors appear once, under the key that transformers writes.
     """
-    compat.install()
     import transformers
 
     family = family_of(read_config(model_dir))

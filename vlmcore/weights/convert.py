@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 SIDECAR = "hf"  # config, tokenizer and processor files beside it
 REPORT = "conversion.json"
-VOCABULARY = ("word_embeddings.weight", "output_layer.weight")  # first dimension, padded by Megatron
+VOCABULARY = (
+    "word_embeddings.weight",
+    "output_layer.weight",
+)  # first dimension, padded by Megatron
 
 
 def to_mcore(

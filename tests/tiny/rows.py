@@ -1,0 +1,43 @@
+"""Encoded samples and rows without a loader, for tests of what consumes them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from vlmcore.dataloading.encode import ConversationEncoder
+from vlmcore.dataloading.samples import PackedRow, TokenSample, pack_row
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+def noise(size: Size, *, seed: int = 0) -> Image.Image:
+    """An image in which no two patches are alike; the same on every rank."""
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Size]) -> TokenSample:
+    """A user's and an assistant's turns in alternation; images of noise stand before the first."""
+    tags = "<image>" * len(images)
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(["user", "assistant"] * len(turns), (tags + turns[0], *turns[1:]))
+    ]
+    opened = [noise(size, seed=i) for i, size in enumerate(images)]
+    pixels, grids = encoder.patches(opened) if images else (None, None)
+    text = encoder.encode(messages, [] if grids is None else grids.tolist())
+    return TokenSample(
+        __key__=turns[0],
+        __restore_key__=(),
+        input_ids=text.input_ids,
+        labels=text.labels,
+        position_ids=text.position_ids,
+        images=[],
+        pixel_values=pixels,
+        image_grid_thw=grids,
+    )
+
+
+def row_of(samples: Sequence[TokenSample], *, multiple: int = 1) -> PackedRow:
+    return pack_row(samples, pad_token_id=0, multiple=multiple, num_dropped=0)
