@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 # before prefect is imported: nothing leaves this machine unasked
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+# a loaded machine may need longer than the default 20 s
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 from prefect import flow  # noqa: E402
 from prefect.states import Failed  # noqa: E402

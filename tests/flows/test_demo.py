@@ -43,6 +43,7 @@ def command(store: Path, *arguments: str, **changed: str) -> list[str]:
 
 def environment(store: Path) -> dict[str, str]:
     home = store.parent / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
     env = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
     return env | {"PREFECT_HOME": str(home)}
 
@@ -210,7 +211,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(store, first):
     assert again["scores"] == first[1]["scores"]
 
 
-def test_two_runs_race_for_one_artifact_and_one_builds_it(first, tmp_path):
+def test_two_runs_race_for_one_artifact_and_one_builds_it(tmp_path):
     store = tmp_path / "store"
     racers = [
         subprocess.Popen(

@@ -1,6 +1,7 @@
 """Encoded samples and rows without a loader, for tests of what consumes them."""
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 from PIL import Image
@@ -22,7 +23,7 @@ def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Siz
     tags = "<image>" * len(images)
     messages = [
         {"role": role, "content": text}
-        for role, text in zip(["user", "assistant"] * len(turns), (tags + turns[0], *turns[1:]))
+        for role, text in zip(cycle(["user", "assistant"]), (tags + turns[0], *turns[1:]), strict=False)
     ]
     opened = [noise(size, seed=i) for i, size in enumerate(images)]
     pixels, grids = encoder.patches(opened) if images else (None, None)

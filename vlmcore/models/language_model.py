@@ -10,6 +10,12 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -136,9 +142,26 @@ def build_language_model(
         section=model.mrope_section,
         interleaved=model.mrope_interleaved,
     )
+    _mark_split_weights(gpt)
     if gpt.vocab_size > model.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padding, model.vocab_size))
     return gpt
+
+
+def _mark_split_weights(gpt: GPTModel) -> None:
+    """Marks what tensor parallel ranks hold in parts, as Megatron does while it initialises.
+
+    The gradient norm leaves unmarked weights out on every rank but the first, as copies.
+    """
+    for module in gpt.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding):
+            axis = 0
+        elif isinstance(module, RowParallelLinear):
+            axis = 1
+        else:
+            continue
+        if module.weight is not None:  # a tied output layer borrows its weight
+            set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def _mask_padding(

@@ -69,7 +69,9 @@ def swap_llm(
     _write_side_files(vlm_dir, llm_dir, target, shell, vlm_config, llm_config)
     shapes = architecture_shapes(target)
     vlm, text = SafetensorsFolder(vlm_dir), SafetensorsFolder(llm_dir)
-    ledger = _ledger(shell, llm, shapes, vlm, text)
+    # a tied LLM may store a repetition of its embeddings, which is no part of its architecture
+    from_llm = {_key_in_shell(key, shell, llm): key for key in architecture_shapes(llm_dir)}
+    ledger = _ledger(shell, llm, shapes, vlm, text, from_llm)
 
     dtype = text[next(iter(ledger.from_llm.values()))].dtype
     generator = torch.Generator().manual_seed(seed)
@@ -110,8 +112,8 @@ def _ledger(
     shapes: Mapping[str, tuple[int, ...]],
     vlm: SafetensorsFolder,
     text: SafetensorsFolder,
+    from_llm: Mapping[str, str],
 ) -> SwapLedger:
-    from_llm = {_key_in_shell(key, shell, llm): key for key in text}
     unplaced = sorted(key for home, key in from_llm.items() if home not in shapes)
     from_vlm, fresh, faults = [], {}, [f"{key}: the shell has no place for it" for key in unplaced]
     for key, shape in shapes.items():

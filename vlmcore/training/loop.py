@@ -7,6 +7,7 @@ import math
 import resource
 import shutil
 import time
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _build_loader(job: TrainJob) -> SavableDataLoader[PackedRow]:
 
 def _stop_on_bad_loss(job: TrainJob, batch: list[PackedRow], outcome: dict[str, Any]) -> None:
     path = job.scratch_dir / f"bad_batch_rank{dist.get_rank()}.pt"
-    torch.save([vars(row) for row in batch], path)
+    torch.save([{f.name: getattr(row, f.name) for f in fields(row)} for row in batch], path)
     dist.barrier()
     raise TrainError(
         f"train.{job.stage.name}: step {outcome['step']}: loss {outcome['loss']}, gradient norm "

@@ -8,6 +8,7 @@ import torch
 
 from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
+from vlmcore.families.rows import Tied
 from vlmcore.weights.safetensors_io import SafetensorsFolder
 
 Shape = tuple[int, ...]
@@ -34,17 +35,30 @@ def check_against_architecture(model_dir: Path) -> None:
     """Fails where a checkpoint lacks, adds or mis-shapes a tensor.
 
     Servers load such checkpoints without a word and answer garbage, so this runs before serving
-    too.
+    too. Some tied checkpoints store the repetition of their embeddings: it has to be one.
 
     Raises:
-        WeightError: Lists every missing, unexpected and mis-shaped tensor.
+        WeightError: Lists every missing, unexpected and mis-shaped tensor, and a repetition that
+            differs.
     """
     expected = architecture_shapes(model_dir)
-    found = SafetensorsFolder(model_dir).shapes
-    allowed = {"lm_head.weight"}  # some tied checkpoints store the repetition; checked for equality
+    tensors = SafetensorsFolder(model_dir)
+    found = tensors.shapes
+    repeated = {
+        row.hf: row.to
+        for row in family_of(read_config(model_dir)).rows
+        if isinstance(row, Tied) and row.hf in found and row.hf not in expected
+    }
     faults = [f"{key}: missing, expected {expected[key]}" for key in sorted({*expected} - {*found})]
     faults += [
-        f"{key}: unexpected, found {found[key]}" for key in sorted({*found} - {*expected} - allowed)
+        f"{key}: unexpected, found {found[key]}"
+        for key in sorted({*found} - {*expected} - {*repeated})
+    ]
+    faults += [
+        f"{key} differs from {to}, but the config says tie_word_embeddings: true; set it to false "
+        f"to keep both"
+        for key, to in repeated.items()
+        if to in found and not torch.equal(tensors.read(key), tensors.read(to))
     ]
     faults += [
         f"{key}: shape {found[key]}, expected {expected[key]}"

@@ -56,7 +56,6 @@ def to_mcore(
     check_against_architecture(source)
     tensors = SafetensorsFolder(source)
     plan = build_plan(family, config, tensors.shapes)
-    _check_tied(plan, tensors)
     read: Counter[str] = Counter()
     digests: dict[str, str] = {}
 
@@ -180,15 +179,6 @@ def _record_dtype(path: Path, dtype: torch.dtype) -> None:
 
 def _without_layer(box: Tensor, region: Region) -> Tensor:
     return box[0] if len(region.shape) > len(region.hf_shapes[0]) else box
-
-
-def _check_tied(plan: Plan, tensors: SafetensorsFolder) -> None:
-    for key, to in plan.tied.items():
-        if not torch.equal(tensors.read(key), tensors.read(to)):
-            raise WeightError(
-                f"{key} differs from {to}, but the config says tie_word_embeddings: true; "
-                f"set it to false to keep both"
-            )
 
 
 def _check_stored(plan: Plan, reader: TorchDistReader) -> None:

@@ -1,0 +1,146 @@
+"""Megatron's modules without process groups; nothing here is taught to run without CUDA."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from vlmcore.models.layers import PackedAttention, PositionRotary
+
+HEADS, GROUPS, DIM = 4, 2, 8
+
+
+def packed(lengths: list[int]) -> PackedSeqParams:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+
+
+def qkv(num_tokens: int, *, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return tuple(
+        torch.randn(num_tokens, rows, heads, DIM, generator=generator, dtype=torch.float64)
+        .requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS)
+    )
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
+    """The same through a T × T block-diagonal causal mask; [S, 1, heads · D]."""
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    mask = (sample[:, None] == sample) & torch.ones(len(sample), len(sample)).tril().bool()
+    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=2) for x in (key, value))
+    scores = torch.einsum("sbnd,tbnd->bnst", query, key) * scale
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("bnst,tbnd->sbnd", weights, value).flatten(2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(
+        st.one_of(st.integers(1, 20), st.sampled_from([1, 2, 4, 8, 16])), min_size=1, max_size=7
+    ),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_packed_attention_equals_a_block_diagonal_mask(
+    lengths: list[int], scale: float | None
+) -> None:
+    attention = PackedAttention(None, 1, None, "self", softmax_scale=scale)
+    inputs = qkv(sum(lengths))
+    probe = torch.linspace(-1, 1, sum(lengths) * HEADS * DIM, dtype=torch.float64)
+    results = []
+    for out in (
+        attention(*inputs, packed_seq_params=packed(lengths)),
+        dense(*inputs, lengths, scale or DIM**-0.5),
+    ):
+        grads = torch.autograd.grad((out.flatten() * probe).sum(), inputs)
+        results.append((out, *grads))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_sample_of_no_tokens_changes_nothing() -> None:
+    attention = PackedAttention(None, 1, None, "self")
+    inputs = qkv(9)
+    with_empty = attention(*inputs, packed_seq_params=packed([4, 0, 5, 0]))
+    assert torch.equal(with_empty, attention(*inputs, packed_seq_params=packed([4, 5])))
+
+
+def test_rows_without_packing_are_causal_one_by_one() -> None:
+    attention = PackedAttention(None, 1, None, "self")
+    query, key, value = qkv(6, rows=2)
+    out = attention(query, key, value)
+    for row in range(2):
+        alone = [x[:, row : row + 1] for x in (query, key, value)]
+        torch.testing.assert_close(out[:, row : row + 1], dense(*alone, [6], DIM**-0.5))
+
+
+def rotary_of_qwen3_vl(section: list[int], dim: int) -> torch.nn.Module:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    return Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(**text_config(section, dim)))
+
+
+def rotary_of_qwen2_5_vl(section: list[int], dim: int) -> torch.nn.Module:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+
+    return Qwen2_5_VLRotaryEmbedding(Qwen2_5_VLTextConfig(**text_config(section, dim)))
+
+
+def text_config(section: list[int], dim: int) -> dict:
+    rope = {"rope_type": "default", "rope_theta": 12_345.0, "mrope_section": section}
+    return {
+        "hidden_size": 2 * dim,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": dim,
+        "rope_parameters": rope,
+    }
+
+
+@pytest.mark.parametrize(
+    ("section", "interleaved"),
+    [([24, 20, 20], True), ([4, 2, 2], True), ([16, 24, 24], False), ([6, 5, 5], False)],
+)
+def test_rotary_angles_equal_transformers(section: list[int], interleaved: bool) -> None:
+    dim, rows, num_tokens = 2 * sum(section), 2, 33
+    positions = torch.randint(
+        0, 500, (3, rows, num_tokens), generator=torch.Generator().manual_seed(dim)
+    )
+    ours = PositionRotary(
+        kv_channels=dim, rotary_base=12_345.0, section=section, interleaved=interleaved
+    )
+    angles = ours(positions)[:, :, 0].transpose(0, 1)  # [B, S, D]
+    x = torch.zeros(rows, num_tokens, dim)
+    if interleaved:
+        cos, sin = rotary_of_qwen3_vl(section, dim)(x, positions)
+    else:
+        cos, sin = (
+            chunked(wave, section) for wave in rotary_of_qwen2_5_vl(section, dim)(x, positions)
+        )
+    torch.testing.assert_close(angles.cos(), cos, rtol=0, atol=1e-6)
+    torch.testing.assert_close(angles.sin(), sin, rtol=0, atol=1e-6)
+
+
+def chunked(waves_3BSD: Tensor, section: list[int]) -> Tensor:
+    """Qwen2.5-VL's choice among the three positions' waves, unless the library has made it."""
+    if waves_3BSD.ndim == 3:
+        return waves_3BSD
+    parts = waves_3BSD.split(section * 2, dim=-1)
+    return torch.cat([part[i % 3] for i, part in enumerate(parts)], dim=-1)
+
+
+def test_text_positions_are_plain_rotary() -> None:
+    ours = PositionRotary(kv_channels=8, rotary_base=100.0, section=(4, 0, 0), interleaved=False)
+    angles = ours(torch.arange(5).expand(3, 1, -1))[:, 0, 0]
+    frequencies = 100.0 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(angles[:, :4], torch.arange(5)[:, None] * frequencies)
+    assert torch.equal(angles[:, :4], angles[:, 4:])
+
+
+def test_a_section_that_does_not_fill_the_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 2, 2\) sums to 8, expected kv_channels / 2 = 16"):
+        PositionRotary(kv_channels=32, rotary_base=1e4, section=(4, 2, 2), interleaved=True)

@@ -1,0 +1,59 @@
+import pytest
+from torch import nn
+
+from vlmcore.errors import TrainError
+from vlmcore.families import FAMILIES
+from vlmcore.recipe.schema import TrainStage
+from vlmcore.training.freezing import apply_freezes, freeze_group
+
+STAGE = {"name": "s", "data": ("d",), "train_iters": 1}
+
+
+def model_of(*layers: str) -> nn.Module:
+    """A module tree with one Linear of 2 + 1 numbers at each dotted name."""
+    root = nn.Module()
+    for dotted in layers:
+        *above, last = dotted.split(".")
+        module = root
+        for name in above:
+            if not hasattr(module, name):
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        module.add_module(last, nn.Linear(2, 1))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("parameter", "group"),
+    [
+        ("vision_model.blocks.0.attn.qkv.weight", "vit"),
+        ("vision_model.pos_embed.weight", "vit"),
+        ("vision_model.merger.norm.weight", "aligner"),
+        ("vision_model.deepstack_merger_list.1.linear_fc2.bias", "aligner"),
+        ("language_model.decoder.layers.0.mlp.linear_fc1.weight", "llm"),
+        ("language_model.output_layer.weight", "llm"),
+    ],
+)
+def test_parameters_of_the_megatron_model_are_grouped(parameter: str, group: str) -> None:
+    assert freeze_group(parameter, FAMILIES["qwen3_vl"]) == group
+
+
+def test_only_unfrozen_groups_train() -> None:
+    model = model_of("vision_model.patch_embed.proj", "vision_model.merger.linear_fc1", "decoder.a")
+    stage = TrainStage(**STAGE, freeze_vit=True, freeze_llm=True)
+    assert apply_freezes(model, FAMILIES["qwen3_vl"], stage) == {
+        "aligner": {"parameters": 3, "trainable": 3},
+        "llm": {"parameters": 3, "trainable": 0},
+        "vit": {"parameters": 3, "trainable": 0},
+    }
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {
+        f"vision_model.merger.linear_fc1.{part}" for part in ("weight", "bias")
+    }
+
+
+def test_nothing_trainable_is_refused() -> None:
+    """The recipe cannot see that a `vlm` is a text model, so the model itself decides."""
+    stage = TrainStage(**STAGE, freeze_llm=True)
+    with pytest.raises(TrainError, match="train.s: nothing is trainable: the model has llm"):
+        apply_freezes(model_of("decoder.a"), FAMILIES["qwen3"], stage)

@@ -1,0 +1,134 @@
+"""Whole jobs under torchrun, killed and not, on a small energon dataset."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny.megatron import stage
+from vlmcore.errors import ProcessError, TrainError
+from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
+from vlmcore.training.launch import launch
+from vlmcore.weights.convert import to_hf, to_mcore
+
+STEPS = 12
+SAVE_INTERVAL = 4
+FIELDS = {
+    "train_iters": STEPS,
+    "save_interval": SAVE_INTERVAL,
+    "log_interval": 1,
+    "learning_rate": 1e-3,
+    "lr_decay_style": "cosine",
+    "max_length": 64,
+    "packing_buffer_size": 24,
+}
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def run(
+    tiny_model: Callable[..., Path], tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Run:
+    """Runs the job of a folder: `run(folder, on_step)`; the folder keeps its scratch files."""
+    model_dir = tmp_path_factory.mktemp("model")
+    to_mcore(tiny_model("qwen3_vl"), model_dir)
+
+    def run_job(folder: Path, on_step: Callable[[int], None] = lambda _: None, **fields: Any) -> Path:
+        (folder / "scratch").mkdir(parents=True, exist_ok=True)
+        job = TrainJob(
+            stage=stage(**(FIELDS | fields)),
+            model_dir=model_dir,
+            datasets=(tiny_dataset,),
+            output_dir=folder / "output",
+            scratch_dir=folder / "scratch",
+        )
+        (folder / "job.json").write_text(job.model_dump_json())
+        launch(
+            "vlmcore.training.main",
+            ["--job", str(folder / "job.json")],
+            nproc_per_node=2,
+            log_path=folder / "log",
+            on_progress=lambda values: on_step(values["step"]),
+        )
+        return folder
+
+    return run_job
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "output" / METRICS).read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    to_hf(folder / "output", folder / "hf")
+    return load_file(folder / "hf" / "model.safetensors")
+
+
+def kill(job_file: Path, environment: bytes) -> None:
+    """kill -9 for the job's processes that carry this environment variable."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(job_file).encode() in command and environment in variables:
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    killed = tmp_path / "killed"
+    seen: list[int] = []
+
+    def kill_after(step: int) -> Callable[[int], None]:
+        def on_step(found: int) -> None:
+            seen.append(found)
+            if found == step:
+                kill(killed / "job.json", b"RANK=1")
+
+        return on_step
+
+    for step in (SAVE_INTERVAL + 2, 2 * SAVE_INTERVAL + 1):
+        with pytest.raises(ProcessError):
+            run(killed, kill_after(step))
+    run(killed, kill_after(-1))
+
+    starts = [after for before, after in zip([99, *seen], seen, strict=False) if after < before]
+    assert starts == [0, SAVE_INTERVAL, 2 * SAVE_INTERVAL]
+    expected, found = metrics(whole), metrics(killed)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for name in ("loss", "grad_norm", "learning_rate", "tokens", "samples", "loss_tokens"):
+        pairs = [(a[name], b[name]) for a, b in zip(expected, found, strict=True)]
+        assert all(abs(a - b) <= 1e-5 for a, b in pairs), (name, pairs)
+    # the steps before the first checkpoint are two runs from nothing: bit for bit
+    assert [r["loss"] for r in expected][:SAVE_INTERVAL] == [
+        r["loss"] for r in found
+    ][:SAVE_INTERVAL]
+    before, after = weights(whole), weights(killed)
+    assert max(float((before[key] - after[key]).abs().max()) for key in before) <= 1e-5
+
+    assert len({row["loss"] for row in expected}) == STEPS
+    trainable = json.loads((whole / "output" / TRAINABLE).read_text())
+    assert set(trainable) == {"vit", "aligner", "llm"}
+    assert all(row["trainable"] == row["parameters"] > 0 for row in trainable.values())
+
+
+def test_a_loss_that_is_not_finite_stops_the_job_and_keeps_the_batch(
+    run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match=r"train\.step: step 2: loss nan") as stopped:
+        run(tmp_path / "nan", learning_rate=1e30, min_lr=1e30, clip_grad=0.0)
+    kept = Path(re.search(r"kept as (\S+\.pt)", str(stopped.value))[1])
+    (row,) = torch.load(kept, weights_only=False)  # it holds where its samples came from, too
+    assert 0 < len(row["input_ids"]) == len(row["labels"])
+    assert not (tmp_path / "nan" / "output").exists()
