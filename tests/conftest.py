@@ -37,7 +37,11 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = {"train": 60, "val": 0, "test": 4}
     fetch("builtin:handwritten_numbers", folder / "raw", options=options, seed=0)
     write_shards(
-        folder / "raw", folder / "shards", max_bad_ratio=0.0, num_workers=1, max_samples_per_shard=20
+        folder / "raw",
+        folder / "shards",
+        max_bad_ratio=0.0,
+        num_workers=1,
+        max_samples_per_shard=20,
     )
     prepare(folder / "shards", folder / "energon")
     return folder / "energon"

@@ -20,8 +20,9 @@ def packed(lengths: list[int]) -> PackedSeqParams:
 def qkv(num_tokens: int, *, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_tokens)
     return tuple(
-        torch.randn(num_tokens, rows, heads, DIM, generator=generator, dtype=torch.float64)
-        .requires_grad_()
+        torch.randn(
+            num_tokens, rows, heads, DIM, generator=generator, dtype=torch.float64
+        ).requires_grad_()
         for heads in (HEADS, GROUPS, GROUPS)
     )
 

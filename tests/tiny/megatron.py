@@ -42,9 +42,7 @@ def under_training(mcore_dir: Path, stage: TrainStage) -> tuple[DistributedDataP
     )
     load_weights(module, mcore_dir / CHECKPOINT)
     apply_freezes(module, family_of(read_config(mcore_dir / SIDECAR)), stage)
-    config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
-    )
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     model = DistributedDataParallel(module.config, config, module)
     optimizer = build_optimizer(model, stage)
     build_schedule(optimizer, stage)  # it sets the rate and decay of each parameter group

@@ -23,7 +23,9 @@ def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Siz
     tags = "<image>" * len(images)
     messages = [
         {"role": role, "content": text}
-        for role, text in zip(cycle(["user", "assistant"]), (tags + turns[0], *turns[1:]), strict=False)
+        for role, text in zip(
+            cycle(["user", "assistant"]), (tags + turns[0], *turns[1:]), strict=False
+        )
     ]
     opened = [noise(size, seed=i) for i, size in enumerate(images)]
     pixels, grids = encoder.patches(opened) if images else (None, None)

@@ -144,9 +144,7 @@ def main(models: dict[str, list[str]], out: Path) -> None:
             for layout, fields in LAYOUTS.items():
                 case = f"{name} {trained} {layout}"
                 folder = out.parent / case.replace(" ", "_")
-                found = megatron_step(
-                    Path(mcore), rows, stage(**HYPER, **freeze, **fields), folder
-                )
+                found = megatron_step(Path(mcore), rows, stage(**HYPER, **freeze, **fields), folder)
                 if dist.get_rank() == 0:
                     results[case] = compare(before, expected, found)
     if dist.get_rank() == 0:

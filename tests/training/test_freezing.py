@@ -47,9 +47,7 @@ def test_only_unfrozen_groups_train() -> None:
         "vit": {"parameters": 3, "trainable": 0},
     }
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {
-        f"vision_model.merger.linear_fc1.{part}" for part in ("weight", "bias")
-    }
+    assert trained == {f"vision_model.merger.linear_fc1.{part}" for part in ("weight", "bias")}
 
 
 def test_nothing_trainable_is_refused() -> None:

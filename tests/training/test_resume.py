@@ -42,7 +42,9 @@ def run(
     model_dir = tmp_path_factory.mktemp("model")
     to_mcore(tiny_model("qwen3_vl"), model_dir)
 
-    def run_job(folder: Path, on_step: Callable[[int], None] = lambda _: None, **fields: Any) -> Path:
+    def run_job(
+        folder: Path, on_step: Callable[[int], None] = lambda _: None, **fields: Any
+    ) -> Path:
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         job = TrainJob(
             stage=stage(**(FIELDS | fields)),
@@ -107,15 +109,12 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     assert starts == [0, SAVE_INTERVAL, 2 * SAVE_INTERVAL]
     expected, found = metrics(whole), metrics(killed)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    # not only within 1e-5: ranks of one thread each add up in one order, so two runs from nothing
+    # and a run in three pieces agree bit for bit
     for name in ("loss", "grad_norm", "learning_rate", "tokens", "samples", "loss_tokens"):
-        pairs = [(a[name], b[name]) for a, b in zip(expected, found, strict=True)]
-        assert all(abs(a - b) <= 1e-5 for a, b in pairs), (name, pairs)
-    # the steps before the first checkpoint are two runs from nothing: bit for bit
-    assert [r["loss"] for r in expected][:SAVE_INTERVAL] == [
-        r["loss"] for r in found
-    ][:SAVE_INTERVAL]
+        assert [row[name] for row in found] == [row[name] for row in expected], name
     before, after = weights(whole), weights(killed)
-    assert max(float((before[key] - after[key]).abs().max()) for key in before) <= 1e-5
+    assert all(torch.equal(after[key], before[key]) for key in before)
 
     assert len({row["loss"] for row in expected}) == STEPS
     trainable = json.loads((whole / "output" / TRAINABLE).read_text())

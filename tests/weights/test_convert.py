@@ -158,7 +158,9 @@ def test_a_box_without_a_chunk_is_refused(tmp_path: Path) -> None:
 def test_a_box_is_put_together_from_any_tiling(tmp_path: Path) -> None:
     whole = torch.arange(48).reshape(6, 8)
     tiles = [
-        Chunk("w", (6, 8), (r, c), (2, 4), whole.dtype, lambda r=r, c=c: whole[r : r + 2, c : c + 4])
+        Chunk(
+            "w", (6, 8), (r, c), (2, 4), whole.dtype, lambda r=r, c=c: whole[r : r + 2, c : c + 4]
+        )
         for r in (0, 2, 4)
         for c in (0, 4)
     ]

@@ -39,9 +39,7 @@ FC1 = "decoder.layers.mlp.linear_fc1.weight"
 
 @pytest.fixture
 def shapes() -> dict:
-    layers = {
-        f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()
-    }
+    layers = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()}
     outside = {
         "model.embed_tokens.weight": (30, 12),
         "model.norm.weight": (12,),

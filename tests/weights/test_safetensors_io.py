@@ -41,9 +41,7 @@ def test_safetensors_reads_what_we_wrote(tmp_path: Path) -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), limit=st.integers(1, 60)
-)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), limit=st.integers(1, 60))
 def test_shards_respect_their_size(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], limit: int
 ) -> None:

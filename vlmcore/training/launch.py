@@ -45,16 +45,27 @@ def launch(
         elif (error := parse_error(line)) is not None:
             errors.append(error)
 
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(nproc_per_node), "-m", module, *arguments,
-    ]  # fmt: skip
+    command, extra = _command(module, arguments, nproc_per_node=nproc_per_node)
+    env = compat.child_env() | extra
     try:
-        proc.run_logged(command, log_path=log_path, on_line=hear, env=compat.child_env())
+        proc.run_logged(command, log_path=log_path, on_line=hear, env=env)
     except proc.ChildFailedError as failure:
         if errors:
             raise TrainError(errors[0]) from failure
         raise
+
+
+def _command(
+    module: str, arguments: Sequence[str], *, nproc_per_node: int
+) -> tuple[list[str], dict[str, str]]:
+    """What starts the ranks, and its extra environment."""
+    if nproc_per_node == 1:  # one rank needs no launcher, which would import torch once more
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = str(proc.free_port())
+        return [sys.executable, "-m", module, *arguments], alone
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    ranks = ["--nproc-per-node", str(nproc_per_node)]
+    return [sys.executable, *torchrun, *ranks, "-m", module, *arguments], {}
 
 
 def run_precision_test(
