@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from vlmcore.artifacts import ArtifactRef, StageSpec, Store
-from vlmcore.errors import ArtifactError
 
 SPEC = StageSpec("train.full", kind="train", version=1, params={"lr": 1e-3})
 

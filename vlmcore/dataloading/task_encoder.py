@@ -13,6 +13,7 @@ from PIL import Image
 from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.dataloading.packing import pack_by_length
 from vlmcore.dataloading.samples import ConversationSample, PackedRow, TokenSample, pack_row
+from vlmcore.errors import DataError
 
 
 @stateless
@@ -48,7 +49,10 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
     def preencode_sample(self, sample: ConversationSample) -> TokenSample:
         """Tokens from the text and the image sizes; nothing is decoded yet."""
         grids = [self.encoder.grid(Image.open(io.BytesIO(data)).size) for data in sample.images]
-        text = self.encoder.encode(sample.messages, grids)
+        try:
+            text = self.encoder.encode(sample.messages, grids)
+        except DataError as error:
+            raise DataError(f"sample {sample.__key__}: {error}") from error
         if len(text.input_ids) > self.max_length:
             self._num_dropped += 1
             raise SkipSample

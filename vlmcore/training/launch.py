@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmcore import compat, proc
-from vlmcore.errors import TrainError
+from vlmcore.errors import ProcessError, TrainError
 from vlmcore.training.progress import parse_error, parse_progress
 
 Progress = Callable[[dict[str, Any]], None]
+TRACEBACK_LINES = 40
 
 
 def launch(
@@ -34,11 +36,14 @@ def launch(
 
     Raises:
         TrainError: A rank reported an error that is the user's to mend.
-        ProcessError: A rank died; the message carries the end of its output.
+        ProcessError: A rank died; the message carries its traceback, or the end of the output.
     """
     errors: list[str] = []
+    traceback: deque[str] = deque(maxlen=TRACEBACK_LINES)
 
     def hear(line: str) -> None:
+        if line.startswith("[rank"):  # torch marks the traceback of a rank that dies
+            traceback.append(line)
         if (values := parse_progress(line)) is not None:
             if on_progress is not None:
                 on_progress(values)
@@ -52,6 +57,11 @@ def launch(
     except proc.ChildFailedError as failure:
         if errors:
             raise TrainError(errors[0]) from failure
+        if traceback:
+            lines = "\n".join(traceback)
+            raise ProcessError(
+                f"{module}: a rank died (whole output: {log_path}):\n{lines}"
+            ) from failure
         raise
 
 
