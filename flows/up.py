@@ -95,6 +95,7 @@ def up(*, host: str, port: int) -> Iterator[Instance]:
     worker_cmd = [*PREFECT, "worker", "start", "--pool", WORK_POOL, "--type", "process"]
     with proc.child(server_cmd, log_path=log_dir / "server.log", env=env) as server:
         _wait_for(f"{url}/api/health", server)
+        _end_dead_runs(f"{url}/api")
         with proc.child(
             worker_cmd, log_path=log_dir / "worker.log", env=env, grace_s=STOP_GRACE_S
         ) as worker:
@@ -119,6 +120,22 @@ def _environment(api_url: str, *, home: Path, store: Path) -> dict[str, str]:
             "VLMFLOW_STORE": str(store),
         }
     )
+
+
+def _end_dead_runs(api_url: str) -> None:
+    """Marks the runs of a worker that was killed: they would hold the deployment's one slot."""
+    wanted = {
+        "flow_runs": {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}},
+        "work_pools": {"name": {"any_": [WORK_POOL]}},
+    }
+    crashed = {
+        "type": "CRASHED",
+        "name": "Crashed",
+        "message": "vlmflow up was killed. Retry this run: it goes on where it stopped.",
+    }
+    for run in _ask(f"{api_url}/flow_runs/filter", method="POST", body=wanted):
+        path = f"{api_url}/flow_runs/{run['id']}/set_state"
+        _ask(path, method="POST", body={"state": crashed, "force": True})
 
 
 def _deploy(api_url: str, *, env: dict[str, str], log_path: Path) -> None:

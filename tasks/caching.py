@@ -199,7 +199,8 @@ class Run:
     ) -> None:
         if not self.dry:
             raise AssertionError(f"{name}: an input is unknown outside a plan")
-        reasons = explain_miss(self.store, name, version=version, params=params, inputs=inputs)
+        known = {key: None if _unknown(given) else given for key, given in inputs.items()}
+        reasons = explain_miss(self.store, name, version=version, params=params, inputs=known)  # type: ignore[arg-type]
         self._note(name, "to run", 0.0, None, reasons)
 
     def _note(

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from uuid import UUID
 
@@ -109,7 +110,7 @@ def publish_stages(recipe: str, outcomes: Sequence[StageOutcome]) -> None:
             "state": o.state,
             "seconds": o.seconds,
             "digest": o.digest[:12],
-            "why": "; ".join(o.reasons),
+            "why": shorten("; ".join(o.reasons), 200, placeholder=" …"),
         }
         for o in outcomes
     ]

@@ -138,6 +138,19 @@ def test_a_run_cancelled_while_it_trains_leaves_no_process(tmp_path: Path) -> No
         wait_until(lambda: set(processes_in(tmp_path)) <= idle, timeout_s=30)
 
 
+@pytest.mark.slow
+def test_a_killed_up_takes_its_runs_along_and_the_next_one_is_free_to_run(tmp_path: Path) -> None:
+    with vlmflow_up(tmp_path, ends_by=signal.SIGKILL) as api:
+        build = api.ask(f"deployments/name/{DEPLOYMENTS[0]}")
+        killed = api.start(build, {"until": "data.numbers.shards"})
+        wait_until(lambda: api.state_of(killed) == "RUNNING")
+    wait_until(lambda: processes_in(tmp_path) == [], timeout_s=60)
+    with vlmflow_up(tmp_path) as api:
+        assert api.state_of(killed) == "CRASHED"
+        again = api.run_to_the_end(build, {"overrides": SMALL, "until": "data.numbers.raw"})
+        assert again["state"]["type"] == "COMPLETED", again["state"]
+
+
 VLMFLOW = (sys.executable, "-m", "flows")
 
 
@@ -175,8 +188,8 @@ class Api:
 
 
 @contextmanager
-def vlmflow_up(folder: Path) -> Iterator[Api]:
-    """`vlmflow up` in `folder`, ended as Ctrl-C does it."""
+def vlmflow_up(folder: Path, *, ends_by: int = signal.SIGINT) -> Iterator[Api]:
+    """`vlmflow up` in `folder`, ended as Ctrl-C does it, or by another signal."""
     port = free_port()
     out = folder / "up.out"
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT", "VLMFLOW"))}
@@ -192,8 +205,8 @@ def vlmflow_up(folder: Path) -> Iterator[Api]:
         wait_until(lambda: "Ctrl-C" in out.read_text() or popen.poll() is not None)
         assert popen.poll() is None, out.read_text()
         yield Api(f"http://127.0.0.1:{port}/api")
-        popen.send_signal(signal.SIGINT)
-        assert popen.wait(60) == 0, out.read_text()
+        popen.send_signal(ends_by)
+        assert popen.wait(60) == (0 if ends_by == signal.SIGINT else -ends_by), out.read_text()
     finally:
         popen.kill()
         popen.wait()
