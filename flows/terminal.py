@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -54,13 +56,18 @@ class TerminalWatcher(Watcher):
     def finished(self, outcome: StageOutcome) -> None:
         """Prints the stage's line."""
         self._bar.update(self._task, visible=False)
-        why = f"  [dim]({outcome.reasons[0]})[/]" if outcome.reasons else ""
+        why = f"  [dim]({_short(outcome.reasons[0])})[/]" if outcome.reasons else ""
         self._console.print(
             f"[{_STYLES[outcome.state]}]{outcome.state:>7}[/]  {outcome.name:<28}"
             f"{outcome.seconds:>7.1f} s  [dim]{outcome.digest[:12]}[/]{why}",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _short(reason: str) -> str:
+    """A reason on one line: a changed value may be a whole text."""
+    return escape(shorten(reason, width=100, placeholder=" …"))
 
 
 def print_summary(
@@ -101,5 +108,5 @@ def plan_table(outcomes: Sequence[StageOutcome]) -> Table:
         table.add_column(column)
     for outcome in outcomes:
         style = _STYLES[outcome.state]
-        table.add_row(outcome.name, f"[{style}]{outcome.state}[/]", "; ".join(outcome.reasons))
+        table.add_row(outcome.name, f"[{style}]{outcome.state}[/]", "; ".join(map(_short, outcome.reasons)))
     return table
