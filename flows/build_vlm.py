@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 # before prefect is imported: nothing leaves this machine unasked
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
-# a loaded machine may need longer than the default 20 s
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 
 from prefect import flow  # noqa: E402
+from prefect.events.worker import EventsWorker  # noqa: E402
+from prefect.logging.handlers import APILogWorker  # noqa: E402
 from prefect.states import Failed  # noqa: E402
 from pydantic import WithJsonSchema  # noqa: E402
 
@@ -36,6 +36,7 @@ RecipeName: Any = Annotated[
     WithJsonSchema({"type": "string", "enum": list(_RECIPES)}),
 ]
 StageName: Any = Literal[stages_to_offer()]
+DRAIN_S = 5.0  # for log lines and events of a run that has ended
 DESCRIPTION = "Builds what the store lacks of a recipe, scores the checkpoints, holds the gates."
 
 
@@ -97,6 +98,9 @@ def run_as_flow(request: Request, run: Run) -> Results:
 
     asked = (list(request.refresh), request.start_from, request.until)
     state = build(request.recipe.name, *asked, return_state=True)
+    # the caller may stop the server next; what is unsent would be tried for a minute
+    APILogWorker.drain_all(timeout=DRAIN_S)
+    EventsWorker.drain_all(timeout=DRAIN_S)
     if not results:
         if errors:
             raise errors[0]

@@ -131,9 +131,16 @@ def _run(request: Request) -> tuple[Run, Results, VlmflowError | None]:
         return planned, results, None  # nothing to run: no Prefect server is started for that
     # Prefect would print a traceback for an error that we print as a sentence
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    from flows.build_vlm import new_run, run_as_flow
+    with contextlib.ExitStack() as stack:
+        if not os.environ.get("PREFECT_API_URL"):
+            from flows.up import private_server
 
-    with TerminalWatcher(console) as watcher:
+            home = request.store.parent / "prefect"
+            server = private_server(home=home, log_dir=request.log_dir)
+            os.environ["PREFECT_API_URL"] = stack.enter_context(server)
+        from flows.build_vlm import new_run, run_as_flow  # imports prefect, which reads the URL
+
+        watcher = stack.enter_context(TerminalWatcher(console))
         run = new_run(request, watcher)
         try:
             return run, run_as_flow(request, run), None

@@ -108,5 +108,7 @@ def plan_table(outcomes: Sequence[StageOutcome]) -> Table:
         table.add_column(column)
     for outcome in outcomes:
         style = _STYLES[outcome.state]
-        table.add_row(outcome.name, f"[{style}]{outcome.state}[/]", "; ".join(map(_short, outcome.reasons)))
+        table.add_row(
+            outcome.name, f"[{style}]{outcome.state}[/]", "; ".join(map(_short, outcome.reasons))
+        )
     return table

@@ -105,6 +105,32 @@ def up(*, host: str, port: int) -> Iterator[Instance]:
             yield Instance(url, store, log_dir, deployments, (server, worker))
 
 
+@contextmanager
+def private_server(*, home: Path, log_dir: Path) -> Iterator[str]:
+    """A Prefect server for one run of the command line; gives its API's address.
+
+    Prefect's own temporary server would outlive a killed run; this one ends with its owner.
+
+    Args:
+        home: Folder of its database, `$PREFECT_HOME` where that is set.
+        log_dir: Where its output goes.
+
+    Raises:
+        ServeError: It does not come up.
+    """
+    home = Path(os.environ.get("PREFECT_HOME") or home).resolve()
+    for folder in (home, log_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    port = proc.free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    env = _environment(url, home=home, store=default_store().resolve())
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    server_cmd = [*PREFECT, "server", "start", "--no-services", *where]
+    with proc.child(server_cmd, log_path=log_dir / "server.log", env=env) as server:
+        _wait_for(f"{url}/health", server)
+        yield url
+
+
 def _environment(api_url: str, *, home: Path, store: Path) -> dict[str, str]:
     return compat.child_env(
         {

@@ -33,6 +33,13 @@ def install() -> None:
     _mode.__enter__()
 
 
+def suspended() -> contextlib.AbstractContextManager[object]:
+    """Code that is not Megatron's runs at full speed inside: `install()` slows every torch call."""
+    if _mode is None:
+        return contextlib.nullcontext()
+    return torch._C.DisableTorchFunction()
+
+
 def device() -> torch.device:
     """Where this rank's tensors live."""
     if torch.cuda.is_available():

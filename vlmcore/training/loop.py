@@ -72,7 +72,8 @@ def train(job: TrainJob) -> None:
     )
     for step in range(start + 1, stage.train_iters + 1):
         began = time.perf_counter()
-        batch = [next(rows) for _ in range(num_micro_batches)]
+        with megatron_cpu.suspended():
+            batch = [next(rows) for _ in range(num_micro_batches)]
         loaded = time.perf_counter()
         learning_rate = optimizer.param_groups[0]["lr"]
         outcome = train_step(model, optimizer, batch)

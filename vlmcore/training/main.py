@@ -1,4 +1,8 @@
-"""What torchrun starts on every rank: `torchrun -m vlmcore.training.main --job FILE`."""
+"""What torchrun starts on every rank: `torchrun -m vlmcore.training.main --job FILE`.
+
+Megatron's checkpoint writer starts a helper process that imports this module once more, so torch
+and Megatron are imported in `main` alone.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,9 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
-
-from vlmcore.errors import VlmflowError  # noqa: E402
-from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
-from vlmcore.training.job import TrainJob  # noqa: E402
-from vlmcore.training.progress import report_error  # noqa: E402
+from vlmcore.errors import VlmflowError
+from vlmcore.training.job import TrainJob
+from vlmcore.training.progress import report_error
 
 
 def main() -> None:
@@ -22,21 +23,28 @@ def main() -> None:
     parser.add_argument("--job", type=Path, required=True, help="JSON of a TrainJob")
     job = TrainJob.model_validate_json(parser.parse_args().job.read_text())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    stage = job.stage
     try:
-        with (
-            process_group(num_threads=stage.num_threads),
-            model_parallel(
-                tensor_model_parallel_size=stage.tensor_model_parallel_size, seed=stage.seed
-            ),
-        ):
-            from vlmcore.training.loop import train
-
-            train(job)
+        _run(job)
     except VlmflowError as error:
         report_error(str(error))
         sys.exit(2)
+
+
+def _run(job: TrainJob) -> None:
+    from vlmcore.training.distributed import model_parallel, process_group
+
+    stage = job.stage
+    with (
+        process_group(num_threads=stage.num_threads),
+        model_parallel(
+            tensor_model_parallel_size=stage.tensor_model_parallel_size, seed=stage.seed
+        ),
+    ):
+        from vlmcore.training.loop import train
+
+        train(job)
 
 
 if __name__ == "__main__":
