@@ -30,10 +30,10 @@ demo: setup
 	$(BIN)/vlmflow run deployments/recipes/handwritten_numbers.yaml
 
 test: setup
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
