@@ -44,7 +44,7 @@ def watch(pid: int, peak: list[float]) -> None:
         except psutil.NoSuchProcess:
             return
         peak[0] = max(peak[0], total / 1e6)
-        time.sleep(0.5)
+        time.sleep(2)
 
 
 def proportional_set(pid: int) -> int:

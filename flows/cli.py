@@ -135,7 +135,7 @@ def _run(request: Request) -> tuple[Run, Results, VlmflowError | None]:
         if not os.environ.get("PREFECT_API_URL"):
             from flows.up import private_server
 
-            home = request.store.parent / "prefect"
+            home = request.store.parent / "prefect-run"  # `vlmflow up` may be using its own
             server = private_server(home=home, log_dir=request.log_dir)
             os.environ["PREFECT_API_URL"] = stack.enter_context(server)
         from flows.build_vlm import new_run, run_as_flow  # imports prefect, which reads the URL

@@ -47,7 +47,7 @@ def swap(run: Run, *, vlm: Ref, llm: Ref, seed: int) -> Ref:
         "swap",
         build,
         kind="swap",
-        version=1,
+        version=2,
         params={"seed": seed},
         inputs={"vlm": vlm, "llm": llm},
     )

@@ -46,7 +46,7 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         name,
         build,
         kind="train",
-        version=1,
+        version=2,
         params=params,
         inputs={"model": model, "data": list(datasets)},
         volatile=("checkpoint/.metadata", METRICS, LOSS_PLOT),

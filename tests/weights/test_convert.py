@@ -213,3 +213,17 @@ def test_megatron_writes_what_we_write(
     )
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved == {key for key in before if ".merger." in key or "deepstack_merger" in key}
+
+
+def test_reports_and_manifests_of_the_source_stay_behind(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """They tell of another artifact, and would change the digest with every build of it."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_model("qwen3_vl"), source)
+    for name in ("MANIFEST.json", "proof.json", "swap_ledger.json", "precision.json"):
+        (source / name).write_text("{}")
+    to_mcore(source, tmp_path / "mcore")
+    copied = {path.name for path in (tmp_path / "mcore" / "hf").iterdir()}
+    kept = {path.name for path in tiny_model("qwen3_vl").iterdir() if path.suffix != ".safetensors"}
+    assert copied == kept

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 SIDECAR = "hf"  # config, tokenizer and processor files beside it
 REPORT = "conversion.json"
+# named one by one: a source may also hold reports and manifests, which tell of another artifact
+SIDE_FILES = (
+    "config.json", "generation_config.json", "*token*.json", "vocab*", "merges*", "*.model",
+    "*processor*.json", "chat_template*", "*.jinja", "LICENSE*",
+)  # fmt: skip
 VOCABULARY = (
     "word_embeddings.weight",
     "output_layer.weight",
@@ -158,11 +163,8 @@ def to_hf(
 def copy_sidecar(source: Path, target: Path) -> None:
     """Copies what stands beside the weights: config, tokenizer, processor, templates."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in {".safetensors", ".bin", ".pt"} or path.name.endswith(
-            ".index.json"
-        )
-        if path.is_file() and not weights and path.name != REPORT:
+    for pattern in SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
             shutil.copyfile(path, target / path.name)
 
 
