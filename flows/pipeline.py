@@ -115,9 +115,8 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
                 scores = results.scores.setdefault(checkpoint, {})
                 scores |= run.store.record(answers).metrics["scores"]
     if all(answer is not None for answer in run.artifacts.values()):
-        results.gates = check_gates(
-            recipe.gates, results.scores, default_checkpoint=recipe.checkpoints[-1]
-        )
+        last = {one.benchmark: recipe.scored_checkpoints(one)[-1] for one in recipe.evaluate}
+        results.gates = check_gates(recipe.gates, results.scores, default_checkpoints=last)
     report(run, recipe, scores=results.scores, gates=results.gates)
 
 
