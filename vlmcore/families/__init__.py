@@ -4,12 +4,33 @@ import json
 from pathlib import Path
 
 from vlmcore.errors import WeightError
-from vlmcore.families import qwen3, qwen3_vl
-from vlmcore.families.base import Config, Family, FreezeGroup, LanguageModel, Vision
+from vlmcore.families import (
+    exaone4_5,
+    internvl,
+    llama,
+    llava,
+    llava_onevision,
+    qwen2,
+    qwen2_5_vl,
+    qwen3,
+    qwen3_moe,
+    qwen3_vl,
+    qwen3_vl_moe,
+)
+from vlmcore.families.base import (
+    Config,
+    Family,
+    FreezeGroup,
+    LanguageModel,
+    MixtureOfExperts,
+    Vision,
+)
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (qwen3, qwen3_vl)
-}
+    module.FAMILY.model_type: module.FAMILY
+    for module in (exaone4_5, internvl, llama, llava, llava_onevision, qwen2, qwen2_5_vl, qwen3,
+                   qwen3_moe, qwen3_vl, qwen3_vl_moe)
+}  # fmt: skip
 
 
 def family_of(config: Config) -> Family:
@@ -45,5 +66,5 @@ def read_config(model_dir: Path) -> Config:
     return config
 
 
-__all__ = ["FAMILIES", "Family", "FreezeGroup", "LanguageModel", "Vision", "family_of",
-           "read_config"]  # fmt: skip
+__all__ = ["FAMILIES", "Config", "Family", "FreezeGroup", "LanguageModel", "MixtureOfExperts",
+           "Vision", "family_of", "read_config"]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vlmcore.families.rows import Row
@@ -11,13 +11,30 @@ from vlmcore.families.rows import Row
 Config = Mapping[str, Any]  # an HF config.json as read from disk
 FreezeGroup = Literal["vit", "aligner", "llm"]
 
+TEXT_PREFIX = "model.language_model."  # of a vision-language model's decoder, in memory
+HEAD = "lm_head."
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfExperts:
+    """The experts of every layer; top-k routing with a softmax over all experts."""
+
+    num_experts: int
+    top_k: int
+    ffn_hidden_size: int
+    norm_topk_prob: bool
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModel:
     """Shape of the decoder in Megatron-Core's argument names.
 
-    `mrope_section` counts rotary frequency pairs for the temporal, height and width positions and
-    sums to kv_channels / 2; a text-only model gives all of them to one position.
+    Attributes:
+        rope: HF's rope_parameters: `rope_type` (default or llama3), `rope_theta` and what the type
+            needs.
+        mrope_section: Rotary frequency pairs for the temporal, height and width positions; sums to
+            kv_channels / 2. A text-only model gives all of them to one position.
+        moe: None for a dense model.
     """
 
     num_layers: int
@@ -28,31 +45,31 @@ class LanguageModel:
     kv_channels: int
     vocab_size: int
     layernorm_epsilon: float
-    rotary_base: float
+    rope: Mapping[str, Any]
     mrope_section: tuple[int, int, int]
     mrope_interleaved: bool
     add_qkv_bias: bool
     qk_layernorm: bool
     tied_embeddings: bool
     max_position_embeddings: int
+    moe: MixtureOfExperts | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
-    """How images enter the text: token names (ids come from the tokenizer) and the module's name.
+    """How images and videos enter the text, by token names: ids come from the tokenizer.
 
     Attributes:
-        hf_prefix: Prefix of the vision tower's HF keys; the same tree stands under
-            `vision_model.` in the Megatron model.
-        image_token: The placeholder that is repeated once per merged patch.
+        tokens: Config field → name of the token whose id it holds.
+        image_token: The placeholder that is repeated once per image feature.
+        video_token: Likewise for video; None where the family takes none, or takes its frames as
+            images.
         mrope: True where positions are (temporal, height, width) triples.
     """
 
-    hf_prefix: str
+    tokens: Mapping[str, str]
     image_token: str
-    video_token: str
-    vision_start_token: str
-    vision_end_token: str
+    video_token: str | None
     mrope: bool
 
 
@@ -63,25 +80,51 @@ class Family:
     Attributes:
         model_type: `model_type` of the HF config.
         architecture: Name of the transformers class that holds it.
-        rows: The weight map.
-        groups: Freeze group → HF key prefixes; the longest matching prefix decides.
+        rows: HF config → the weight map.
         language_model: HF config → shape of the decoder.
+        groups: Freeze group → HF key prefixes; the longest matching prefix decides.
         vision: Facts about the vision side; None for a text-only family.
-        text_hf_prefix: HF prefix of the decoder's keys, `lm_head` aside.
-        mcore_prefix: Prefix of the decoder's keys in torch_dist.
+        disk_prefixes: (prefix on disk, prefix in memory) where published checkpoints use other
+            names than transformers does in memory; the first that matches decides.
+        input_first_experts: True where published checkpoints hold fused experts input dimension
+            first.
     """
 
     model_type: str
     architecture: str
-    rows: tuple[Row, ...]
-    groups: Mapping[FreezeGroup, tuple[str, ...]]
+    rows: Callable[[Config], tuple[Row, ...]]
     language_model: Callable[[Config], LanguageModel]
-    vision: Vision | None
-    text_hf_prefix: str
-    mcore_prefix: str
+    groups: Mapping[FreezeGroup, tuple[str, ...]]
+    vision: Vision | None = None
+    disk_prefixes: tuple[tuple[str, str], ...] = ()
+    input_first_experts: bool = field(default=False)
+
+    @property
+    def text_hf_prefix(self) -> str:
+        """HF prefix of the decoder's keys, `lm_head` aside."""
+        return "model." if self.vision is None else TEXT_PREFIX
+
+    @property
+    def mcore_prefix(self) -> str:
+        """Prefix of the decoder's keys in torch_dist."""
+        return "" if self.vision is None else "language_model."
+
+    def memory_key(self, key: str) -> str:
+        """A key of a checkpoint, in whichever form it was saved, as transformers holds it."""
+        for disk, memory in self.disk_prefixes:
+            if key.startswith(disk):
+                return memory + key.removeprefix(disk)
+        return key
+
+    def disk_key(self, key: str) -> str:
+        """The key that published checkpoints of this family use for a key in memory."""
+        for disk, memory in self.disk_prefixes:
+            if key.startswith(memory):
+                return disk + key.removeprefix(memory)
+        return key
 
     def group_of(self, hf_key: str) -> FreezeGroup:
-        """The freeze group of an HF key.
+        """The freeze group of a key in memory.
 
         Raises:
             ValueError: No group covers the key, or two of them claim it with the same prefix.

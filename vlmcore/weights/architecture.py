@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from vlmcore.errors import WeightError
-from vlmcore.families import family_of, read_config
-from vlmcore.families.rows import Tied
+from vlmcore.families import Family, LanguageModel, family_of, read_config
+from vlmcore.families.rows import StackExperts, Tied
+from vlmcore.weights.experts import fused_shapes, per_expert_shapes
+from vlmcore.weights.plan import build_plan
 from vlmcore.weights.safetensors_io import SafetensorsFolder
 
 Shape = tuple[int, ...]
 
 
 def architecture_shapes(model_dir: Path) -> dict[str, Shape]:
-    """Key → shape of every tensor that a checkpoint of this config stores; nothing is allocated.
-
-    Tied tensors appear once, under the key that transformers writes.
-    """
+    """Key → shape of every tensor that a model of this config holds in memory; nothing is
+    allocated. Tied tensors appear once.
+    """  # fmt: skip
     import transformers
 
     family = family_of(read_config(model_dir))
@@ -31,6 +33,33 @@ def architecture_shapes(model_dir: Path) -> dict[str, Shape]:
     }
 
 
+def published_shapes(model_dir: Path) -> dict[str, Shape]:
+    """Key → shape of every tensor in the form of the family's published checkpoints.
+
+    That form is what every loader and server reads, so exports are written in it.
+    """
+    config = read_config(model_dir)
+    family = family_of(config)
+    model = family.language_model(config)
+    memory = architecture_shapes(model_dir)
+    published: dict[str, Shape] = {}
+    for key, shape in memory.items():
+        prefix, _, name = key.rpartition(".")
+        if name == "gate_up_proj":
+            published |= _published_experts(f"{prefix}.", family, model)
+        elif name != "down_proj":
+            published[family.disk_key(key)] = shape
+    return published
+
+
+def _published_experts(prefix: str, family: Family, model: LanguageModel) -> dict[str, Shape]:
+    assert model.moe is not None
+    prefix = family.disk_key(prefix)
+    if family.input_first_experts:
+        return fused_shapes(prefix, model.moe, model.hidden_size, input_first=True)
+    return per_expert_shapes(prefix, model.moe, model.hidden_size)
+
+
 def check_against_architecture(model_dir: Path) -> None:
     """Fails where a checkpoint lacks, adds or mis-shapes a tensor.
 
@@ -41,32 +70,58 @@ def check_against_architecture(model_dir: Path) -> None:
         WeightError: Lists every missing, unexpected and mis-shaped tensor, and a repetition that
             differs.
     """
-    expected = architecture_shapes(model_dir)
+    config = read_config(model_dir)
+    family = family_of(config)
     tensors = SafetensorsFolder(model_dir)
-    found = tensors.shapes
+    found = {family.memory_key(key): key for key in tensors}
+    expected = architecture_shapes(model_dir)
+    experts = _expert_prefixes(family, config, tensors.shapes)
     repeated = {
         row.hf: row.to
-        for row in family_of(read_config(model_dir)).rows
+        for row in family.rows(config)
         if isinstance(row, Tied) and row.hf in found and row.hf not in expected
     }
-    faults = [f"{key}: missing, expected {expected[key]}" for key in sorted({*expected} - {*found})]
+
+    def name(key: str) -> str:
+        return found.get(key, family.disk_key(key))
+
+    outside = {key for key in found if not key.startswith(experts)}
+    wanted = {key for key in expected if not key.startswith(experts)}
+    faults = [f"{name(key)}: missing, expected {expected[key]}" for key in sorted(wanted - outside)]
     faults += [
-        f"{key}: unexpected, found {found[key]}"
-        for key in sorted({*found} - {*expected} - {*repeated})
+        f"{name(key)}: unexpected, found {tensors[found[key]].shape}"
+        for key in sorted(outside - wanted - {*repeated})
     ]
     faults += [
-        f"{key} differs from {to}, but the config says tie_word_embeddings: true; set it to false "
-        f"to keep both"
+        f"{name(key)} differs from {name(to)}, but the config says tie_word_embeddings: true; set "
+        f"it to false to keep both"
         for key, to in repeated.items()
-        if to in found and not torch.equal(tensors.read(key), tensors.read(to))
+        if to in found and not torch.equal(tensors.read(found[key]), tensors.read(found[to]))
     ]
     faults += [
-        f"{key}: shape {found[key]}, expected {expected[key]}"
-        for key in sorted({*expected} & {*found})
-        if tuple(found[key]) != tuple(expected[key])
+        f"{name(key)}: shape {tensors[found[key]].shape}, expected {expected[key]}"
+        for key in sorted(wanted & outside)
+        if tensors[found[key]].shape != expected[key]
     ]
     if faults:
         raise WeightError(
             f"{model_dir}: {len(faults)} tensor(s) differ from the architecture in config.json:\n  "
             + "\n  ".join(faults)
         )
+
+
+def _expert_prefixes(
+    family: Family, config: Mapping[str, object], shapes: Mapping[str, Shape]
+) -> tuple[str, ...]:
+    """Prefixes of the experts' keys in memory, whose several layouts the weight plan checks.
+
+    Raises:
+        WeightError: The plan does not close.
+    """
+    stacks = [row.hf for row in family.rows(config) if isinstance(row, StackExperts)]
+    if not stacks:
+        return ()
+    plan = build_plan(family, config, shapes)
+    return tuple(
+        stack.replace("{layer}", str(layer)) for stack in stacks for layer in range(plan.num_layers)
+    )
