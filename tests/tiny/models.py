@@ -100,7 +100,7 @@ def build_qwen2_5_vl(folder: Path, *, tied: bool = False, seed: int = 6, **text:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     tokenizer = _save_qwen2_5_processor(folder, "Qwen2_5_VLProcessor", seed=seed)
-    fields = text_fields("qwen2", **({"hidden_size": 64} | text))
+    fields = text_fields("qwen2", tokenizer, **({"hidden_size": 64} | text))
     half = fields["hidden_size"] // fields["num_attention_heads"] // 2
     part = half * 3 // 8  # the real [16, 24, 24] is made of two eighths and twice three
     section = {"mrope_section": [half - 2 * part, part, part]}
@@ -123,7 +123,9 @@ def build_qwen3_vl(folder: Path, *, tied: bool = False, seed: int = 2, **text: A
     build_tiny_qwen3_vl(folder, seed=seed)  # for its tokenizer and processor
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = Qwen3VLConfig(
-        **_qwen3_vl_parts(TEXT | text), tie_word_embeddings=tied, **_qwen_token_ids(tokenizer)
+        **_qwen3_vl_parts(text_fields("qwen3", tokenizer, **text)),
+        tie_word_embeddings=tied,
+        **_qwen_token_ids(tokenizer),
     )
     return _save(Qwen3VLForConditionalGeneration(config), folder, seed=seed)
 
@@ -142,7 +144,9 @@ def build_qwen3_vl_moe(folder: Path, *, tied: bool = False, seed: int = 7, **tex
         video_processor="Qwen3VLVideoProcessor",
     )
     config = Qwen3VLMoeConfig(
-        **_qwen3_vl_parts(text_fields("qwen3_moe", **text) | {"tie_word_embeddings": tied}),
+        **_qwen3_vl_parts(
+            text_fields("qwen3_moe", tokenizer, **text) | {"tie_word_embeddings": tied}
+        ),
         tie_word_embeddings=tied,
         **_qwen_token_ids(tokenizer),
     )
@@ -156,7 +160,7 @@ def build_exaone4_5(
     from transformers import Exaone4_5_Config, Exaone4_5_ForConditionalGeneration
 
     tokenizer = _save_qwen2_5_processor(folder, "Exaone4_5_Processor", seed=seed)
-    fields = text_fields(text_type, **text)
+    fields = text_fields(text_type, tokenizer, **text)
     config = Exaone4_5_Config(
         text_config=fields | {"model_type": text_type, "tie_word_embeddings": tied},
         vision_config=WINDOWED_VISION
@@ -189,7 +193,7 @@ def build_internvl(
     from tests.tiny.processors import TILE, save_internvl_processor
 
     tokenizer = save_internvl_processor(folder, seed=seed)
-    fields = text_fields(text_type, **({"vocab_size": VOCAB_SIZE + 4} | text))
+    fields = text_fields(text_type, tokenizer, **({"vocab_size": VOCAB_SIZE + 4} | text))
     tower = {"image_size": [TILE, TILE], "patch_size": [14, 14], "attention_bias": True}
     config = InternVLConfig(
         text_config=fields | {"model_type": text_type, "tie_word_embeddings": tied},
@@ -210,7 +214,7 @@ def build_llava(
     from tests.tiny.processors import CROP, save_llava_processor
 
     tokenizer = save_llava_processor(folder, seed=seed)
-    fields = text_fields(text_type, **({"vocab_size": VOCAB_SIZE + 2} | text))
+    fields = text_fields(text_type, tokenizer, **({"vocab_size": VOCAB_SIZE + 2} | text))
     config = LlavaConfig(
         text_config=fields | {"model_type": text_type, "tie_word_embeddings": tied},
         vision_config=TOWER | {"model_type": "clip_vision_model", "image_size": CROP},
@@ -232,7 +236,7 @@ def build_llava_onevision(
     from tests.tiny.processors import CROP, GRID_PINPOINTS, save_llava_onevision_processor
 
     tokenizer = save_llava_onevision_processor(folder, seed=seed)
-    fields = text_fields(text_type, **({"vocab_size": VOCAB_SIZE + 2} | text))
+    fields = text_fields(text_type, tokenizer, **({"vocab_size": VOCAB_SIZE + 2} | text))
     tower = {"model_type": "siglip_vision_model", "image_size": CROP, "vision_use_head": False}
     config = LlavaOnevisionConfig(
         text_config=fields | {"model_type": text_type, "tie_word_embeddings": tied},
@@ -260,12 +264,13 @@ BUILDERS: dict[str, Callable[..., Path]] = {
 }
 
 
-def text_fields(text_type: str, **changes: Any) -> dict[str, Any]:
+def text_fields(text_type: str, tokenizer: Any, **changes: Any) -> dict[str, Any]:
     """Text config fields of `text_type`; Qwen2's head dim is hidden / heads and no field."""
-    fields = TEXT | (MOE if text_type == "qwen3_moe" else {}) | changes
-    return {
-        key: value for key, value in fields.items() if (key, text_type) != ("head_dim", "qwen2")
-    }
+    end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ids = {"bos_token_id": pad, "eos_token_id": end, "pad_token_id": pad}
+    fields = TEXT | ids | (MOE if text_type == "qwen3_moe" else {}) | changes
+    absent = {"head_dim"} if text_type == "qwen2" else set()
+    return {key: value for key, value in fields.items() if key not in absent}
 
 
 def _build_text(text_type: str, folder: Path, *, tied: bool, seed: int, **text: Any) -> Path:
@@ -273,8 +278,7 @@ def _build_text(text_type: str, folder: Path, *, tied: bool, seed: int, **text: 
 
     from tests.tiny.processors import save_tokenizer
 
-    save_tokenizer(folder, seed=seed)
-    fields = text_fields(text_type, **text)
+    fields = text_fields(text_type, save_tokenizer(folder, seed=seed), **text)
     config = AutoConfig.for_model(text_type, **fields, tie_word_embeddings=tied)
     return _save(AutoModelForCausalLM.from_config(config), folder, seed=seed)
 

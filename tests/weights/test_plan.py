@@ -4,7 +4,7 @@ import pytest
 
 from vlmcore.errors import WeightError
 from vlmcore.families import FAMILIES, Family
-from vlmcore.families.rows import Drop, Rename
+from vlmcore.families.rows import Drop, Rename, Row
 from vlmcore.weights.plan import build_plan
 
 CONFIG = {
@@ -53,6 +53,10 @@ def family() -> Family:
     return FAMILIES["qwen3"]
 
 
+def with_row(family: Family, row: Row) -> Family:
+    return replace(family, rows=lambda config: (*family.rows(config), row))
+
+
 def faults_of(family: Family, shapes: dict, **config: object) -> str:
     with pytest.raises(WeightError) as refusal:
         build_plan(family, CONFIG | config, shapes)
@@ -62,12 +66,12 @@ def faults_of(family: Family, shapes: dict, **config: object) -> str:
 def test_gate_and_up_are_two_boxes_of_one_tensor(family: Family, shapes: dict) -> None:
     plan = build_plan(family, CONFIG, shapes)
     boxes = {
-        region.hf_keys: (region.offset, region.shape, region.global_shape)
+        region.sources[0].key: (region.offset, region.shape, region.global_shape)
         for region in plan.regions
         if region.mcore_key == FC1
     }
-    assert boxes[("model.layers.1.mlp.gate_proj.weight",)] == ((1, 0, 0), (1, 20, 12), (2, 40, 12))
-    assert boxes[("model.layers.1.mlp.up_proj.weight",)] == ((1, 20, 0), (1, 20, 12), (2, 40, 12))
+    assert boxes["model.layers.1.mlp.gate_proj.weight"] == ((1, 0, 0), (1, 20, 12), (2, 40, 12))
+    assert boxes["model.layers.1.mlp.up_proj.weight"] == ((1, 20, 0), (1, 20, 12), (2, 40, 12))
 
 
 def test_every_fault_is_in_one_message(family: Family, shapes: dict) -> None:
@@ -105,21 +109,21 @@ def test_gate_and_up_of_different_shape_are_refused(family: Family, shapes: dict
 
 
 def test_a_key_that_two_rows_claim_is_refused(family: Family, shapes: dict) -> None:
-    twice = replace(family, rows=(*family.rows, Rename("model.norm.weight", "decoder.other")))
+    twice = with_row(family, Rename("model.norm.weight", "decoder.other"))
     assert "model.norm.weight: 2 rows map it; expected one" in faults_of(twice, shapes)
 
 
 def test_two_rows_that_write_one_tensor_are_refused(family: Family, shapes: dict) -> None:
     shapes["model.other.weight"] = (12,)
     row = Rename("model.other.weight", "decoder.final_layernorm.weight")
-    clash = replace(family, rows=(*family.rows, row))
+    clash = with_row(family, row)
     assert "decoder.final_layernorm.weight: written twice" in faults_of(clash, shapes)
 
 
 def test_a_dropped_key_is_listed_with_its_reason(family: Family, shapes: dict) -> None:
     shapes["model.rotary.inv_freq"] = (3,)
-    rows = (*family.rows, Drop("model.rotary.inv_freq", reason="computed from rope_theta"))
-    plan = build_plan(replace(family, rows=rows), CONFIG, shapes)
+    row = Drop("model.rotary.inv_freq", reason="computed from rope_theta")
+    plan = build_plan(with_row(family, row), CONFIG, shapes)
     assert plan.dropped == {"model.rotary.inv_freq": "computed from rope_theta"}
 
 

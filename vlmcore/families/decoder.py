@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmcore.errors import WeightError
 from vlmcore.families.base import Config, LanguageModel, MixtureOfExperts
-from vlmcore.families.rows import FuseGateUp, FuseQKV, Rename, Row, StackExperts, Tied
+from vlmcore.families.rows import Drop, FuseGateUp, FuseQKV, Rename, Row, StackExperts, Tied
 
 _FIELDS = {
     "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
@@ -67,6 +67,8 @@ class Decoder:
             fused("weight"),
             Rename(f"{hf}o_proj.weight", f"{mcore}linear_proj.weight"),
         ]
+        inverse_frequencies = f"{hf}rotary_emb.inv_freq"  # old Llama checkpoints hold them
+        rows.append(Drop(inverse_frequencies, reason="computed from rope_theta"))
         if self.qkv_bias:
             rows.append(fused("bias"))
         if self.qk_norm:

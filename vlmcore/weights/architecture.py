@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from vlmcore.errors import WeightError
 from vlmcore.families import Family, LanguageModel, family_of, read_config
-from vlmcore.families.rows import StackExperts, Tied
+from vlmcore.families.rows import Drop, StackExperts, Tied
 from vlmcore.weights.experts import fused_shapes, per_expert_shapes
 from vlmcore.weights.plan import build_plan
 from vlmcore.weights.safetensors_io import SafetensorsFolder
@@ -85,7 +86,14 @@ def check_against_architecture(model_dir: Path) -> None:
     def name(key: str) -> str:
         return found.get(key, family.disk_key(key))
 
-    outside = {key for key in found if not key.startswith(experts)}
+    dropped = re.compile(
+        "|".join(
+            re.escape(row.hf).replace(r"\{layer\}", r"\d+")
+            for row in family.rows(config)
+            if isinstance(row, Drop)
+        )
+    )
+    outside = {key for key in found if not (key.startswith(experts) or dropped.fullmatch(key))}
     wanted = {key for key in expected if not key.startswith(experts)}
     faults = [f"{name(key)}: missing, expected {expected[key]}" for key in sorted(wanted - outside)]
     faults += [
