@@ -10,8 +10,11 @@ DISK_PREFIXES = {
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
-# published towers keep the inner name of transformers 4
-TOWER_ON_DISK = {"vision_tower.vision_model.": "model.vision_tower."}
+# published towers keep the inner name of transformers 4, which had it in memory too
+TOWER_ON_DISK = {
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "model.vision_tower.vision_model.": "model.vision_tower.",
+}
 
 FAMILY = shell_family(
     "llava",
@@ -25,5 +28,5 @@ FAMILY = shell_family(
         video_token=None,
         mrope=False,
     ),
-    disk_prefixes=DISK_PREFIXES,
+    disk_prefixes={**TOWER_ON_DISK, **DISK_PREFIXES},
 )
