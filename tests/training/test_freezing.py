@@ -26,10 +26,10 @@ def model_of(*layers: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("parameter", "group"),
     [
-        ("vision_model.blocks.0.attn.qkv.weight", "vit"),
-        ("vision_model.pos_embed.weight", "vit"),
-        ("vision_model.merger.norm.weight", "aligner"),
-        ("vision_model.deepstack_merger_list.1.linear_fc2.bias", "aligner"),
+        ("vision_model.visual.blocks.0.attn.qkv.weight", "vit"),
+        ("vision_model.visual.pos_embed.weight", "vit"),
+        ("vision_model.visual.merger.norm.weight", "aligner"),
+        ("vision_model.visual.deepstack_merger_list.1.linear_fc2.bias", "aligner"),
         ("language_model.decoder.layers.0.mlp.linear_fc1.weight", "llm"),
         ("language_model.output_layer.weight", "llm"),
     ],
@@ -39,7 +39,7 @@ def test_parameters_of_the_megatron_model_are_grouped(parameter: str, group: str
 
 
 def test_only_unfrozen_groups_train() -> None:
-    model = model_of("vision_model.patch_embed.proj", "vision_model.merger.linear_fc1", "decoder.a")
+    model = model_of("vision_model.visual.patch_embed.proj", "vision_model.visual.merger.linear_fc1", "decoder.a")
     stage = TrainStage(**STAGE, freeze_vit=True, freeze_llm=True)
     assert apply_freezes(model, FAMILIES["qwen3_vl"], stage) == {
         "aligner": {"parameters": 3, "trainable": 3},
@@ -47,7 +47,7 @@ def test_only_unfrozen_groups_train() -> None:
         "vit": {"parameters": 3, "trainable": 0},
     }
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {f"vision_model.merger.linear_fc1.{part}" for part in ("weight", "bias")}
+    assert trained == {f"vision_model.visual.merger.linear_fc1.{part}" for part in ("weight", "bias")}
 
 
 def test_nothing_trainable_is_refused() -> None:

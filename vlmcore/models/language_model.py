@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -24,18 +26,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from vlmcore.errors import TrainError
-from vlmcore.families import LanguageModel
+from vlmcore.families import LanguageModel, MixtureOfExperts
+from vlmcore.layout import Layout
 from vlmcore.models.layers import PackedAttention, PositionRotary, RMSNorm
 
 
 def transformer_config(
     model: LanguageModel,
+    layout: Layout,
     *,
-    tensor_model_parallel_size: int = 1,
-    sequence_parallel: bool = False,
     params_dtype: torch.dtype = torch.float32,
 ) -> TransformerConfig:
     """Megatron's config of a decoder; every fusion that needs TransformerEngine or Apex is off."""
+    interleaved = layout.virtual_pipeline_model_parallel_size > 1
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -53,8 +56,17 @@ def transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         mrope_section=list(model.mrope_section),
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            layout.virtual_pipeline_model_parallel_size if interleaved else None
+        ),
+        # without both, Megatron's interleaved schedule at pipeline size 2 runs and is wrong
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
@@ -66,25 +78,97 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        **(_experts_config(model.moe) if model.moe else {}),
     )
 
 
-def check_tensor_parallel(model: LanguageModel, size: int) -> None:
-    """Refuses a tensor parallel size that cannot cut this decoder.
+def _experts_config(moe: MixtureOfExperts) -> dict[str, Any]:
+    """Routing as Qwen3-MoE's in transformers 5.19: a softmax over all experts, then the top k.
+
+    Where the chosen probabilities are then made to sum to one, that equals a softmax over the
+    chosen logits alone, which is what Megatron computes without `moe_router_pre_softmax`.
+    """
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def check_layout(
+    model: LanguageModel, layout: Layout, *, num_ranks: int, num_deepstack: int = 0
+) -> None:
+    """Refuses a layout that cannot cut this decoder.
+
+    Args:
+        model: The decoder.
+        layout: How to cut it.
+        num_ranks: Ranks that there are.
+        num_deepstack: First decoder layers that image features are added to.
 
     Raises:
-        TrainError: The size does not divide the kv heads, or the intermediate size.
+        TrainError: Lists every size that does not divide what it cuts.
     """
-    for name, value in (
-        ("num_attention_heads", model.num_attention_heads),
-        ("num_key_value_heads", model.num_query_groups),
-        ("intermediate_size", model.ffn_hidden_size),
+    tensor = layout.tensor_model_parallel_size
+    pipeline = layout.pipeline_model_parallel_size
+    chunks = pipeline * layout.virtual_pipeline_model_parallel_size
+    kv_heads = model.num_query_groups
+    cuts = [
+        ("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads),
+        ("pipeline_model_parallel_size", pipeline, "num_hidden_layers", model.num_layers),
+    ]
+    if tensor <= kv_heads:  # beyond, Megatron gives each rank a copy of one kv head
+        cuts.append(("tensor_model_parallel_size", tensor, "num_key_value_heads", kv_heads))
+    if chunks > pipeline:
+        name = "pipeline_model_parallel_size · virtual_pipeline_model_parallel_size"
+        cuts.append((name, chunks, "num_hidden_layers", model.num_layers))
+    if model.moe is None:
+        cuts.append(
+            ("tensor_model_parallel_size", tensor, "intermediate_size", model.ffn_hidden_size)
+        )
+    else:
+        experts, size = model.moe.num_experts, model.moe.ffn_hidden_size
+        cuts += [
+            ("expert_model_parallel_size", layout.expert_model_parallel_size,
+             "num_experts", experts),
+            ("expert_tensor_parallel_size", layout.expert_tensor_parallel_size,
+             "moe_intermediate_size", size),
+        ]  # fmt: skip
+    faults = [
+        f"{name} {size} does not divide {what} {value} of the language model; use a divisor of "
+        f"{value}"
+        for name, size, what, value in cuts
+        if value % size
+    ]
+    if tensor > kv_heads and tensor % kv_heads:
+        faults.append(
+            f"tensor_model_parallel_size {tensor} is no multiple of num_key_value_heads "
+            f"{kv_heads} of the language model; use a divisor or a multiple of {kv_heads}"
+        )
+    if model.moe is None and (
+        layout.expert_model_parallel_size > 1 or layout.expert_tensor_parallel_size > 1
     ):
-        if value % size:
-            raise TrainError(
-                f"tensor_model_parallel_size {size} does not divide {name} {value} of the "
-                f"language model; use a divisor of {value}"
-            )
+        faults.append("expert parallel sizes above 1 need a language model with experts")
+    if pipeline == 1 and chunks > 1:
+        faults.append(
+            "virtual_pipeline_model_parallel_size above 1 needs pipeline_model_parallel_size above 1"
+        )
+    if num_deepstack > model.num_layers // chunks:
+        faults.append(
+            f"image features enter the first {num_deepstack} decoder layers (deepstack), but the "
+            f"first of {chunks} pipeline stages holds {model.num_layers // chunks}; use fewer stages"
+        )
+    if num_ranks % layout.num_ranks:
+        faults.append(
+            f"one replica takes {layout.num_ranks} ranks, which does not divide the {num_ranks} "
+            f"there are"
+        )
+    if faults:
+        raise TrainError(f"layout {layout}: " + "; ".join(faults))
 
 
 def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int) -> int:
@@ -97,32 +181,25 @@ def build_language_model(
     model: LanguageModel,
     config: TransformerConfig,
     *,
+    virtual_stage: int | None = None,
     parallel_output: bool = True,
     scatter_embedding: bool = True,
 ) -> GPTModel:
-    """The decoder with uninitialised weights on this rank.
+    """This rank's layers of the decoder, with uninitialised weights.
 
     Args:
         model: The decoder's shape.
         config: From `transformer_config`.
+        virtual_stage: Which of the rank's chunks; None where stages are not interleaved.
         parallel_output: Leave logits split over the tensor parallel ranks.
         scatter_embedding: Split embeddings for sequence parallelism; a vision-language model does
             it itself, after it has placed the image features.
-
-    Raises:
-        TrainError: The tensor parallel size does not divide the heads.
     """
-    check_tensor_parallel(model, config.tensor_model_parallel_size)
-    layer = get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm")
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if model.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
     block = TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[_layer_spec(model)] * get_num_layers_to_build(config, virtual_stage),
+        layer_norm=RMSNorm,
     )
+    ends = {"ignore_virtual": False, "vp_stage": virtual_stage}
     gpt = GPTModel(
         config,
         block,
@@ -130,22 +207,44 @@ def build_language_model(
             model.vocab_size, tensor_model_parallel_size=config.tensor_model_parallel_size
         ),
         max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**ends),
+        post_process=parallel_state.is_pipeline_last_stage(**ends),
         position_embedding_type="mrope",
-        rotary_base=model.rotary_base,
         share_embeddings_and_output_weights=model.tied_embeddings,
         scatter_embedding_sequence_parallel=scatter_embedding,
         parallel_output=parallel_output,
+        vp_stage=virtual_stage,
     )
     gpt.rotary_pos_emb = PositionRotary(
         kv_channels=model.kv_channels,
-        rotary_base=model.rotary_base,
+        rope=model.rope,
         section=model.mrope_section,
         interleaved=model.mrope_interleaved,
     )
     _mark_split_weights(gpt)
-    if gpt.vocab_size > model.vocab_size:
+    if gpt.post_process and gpt.vocab_size > model.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padding, model.vocab_size))
     return gpt
+
+
+def _layer_spec(model: LanguageModel) -> ModuleSpec:
+    """One decoder layer, with our layers in TransformerEngine's place."""
+    if not moe_utils.HAVE_TE:
+        # its router asks whether the name is None; ends when Megatron defines it without
+        # TransformerEngine
+        moe_utils.te_general_gemm = None
+    layer = get_gpt_layer_local_spec(
+        num_experts=model.moe.num_experts if model.moe else None,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+    )
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if model.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return layer
 
 
 def _mark_split_weights(gpt: GPTModel) -> None:

@@ -9,7 +9,7 @@ group, L its length, H hidden.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,12 +131,17 @@ class PositionRotary(nn.Module):
     """Rotary angles from explicit (temporal, height, width) positions; stands in for Megatron's.
 
     Text-only models pass one position three times. `interleaved` spreads the three over the
-    frequencies in turn (Qwen3-VL); otherwise each owns a contiguous section (Qwen2.5-VL).
-    Source of both layouts: transformers 5.19, modeling_qwen3_vl and modeling_qwen2_5_vl.
+    frequencies in turn (Qwen3-VL); otherwise each owns a contiguous section (Qwen2.5-VL). `rope` is
+    HF's rope_parameters. Source of both layouts: transformers 5.19, modeling_qwen3_vl and modeling_qwen2_5_vl.
     """
 
     def __init__(
-        self, *, kv_channels: int, rotary_base: float, section: Sequence[int], interleaved: bool
+        self,
+        *,
+        kv_channels: int,
+        rope: Mapping[str, Any],
+        section: Sequence[int],
+        interleaved: bool,
     ) -> None:
         super().__init__()
         if sum(section) != kv_channels // 2:
@@ -144,8 +149,7 @@ class PositionRotary(nn.Module):
                 f"mrope_section {tuple(section)} sums to {sum(section)}, expected "
                 f"kv_channels / 2 = {kv_channels // 2}"
             )
-        exponent = torch.arange(0, kv_channels, 2, dtype=torch.float32, device="cpu") / kv_channels
-        self.inv_freq = 1.0 / rotary_base**exponent
+        self.inv_freq = _inverse_frequencies(rope, kv_channels)
         self.owner = _frequency_owner(section, interleaved=interleaved)
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, **_: Any) -> Tensor:
@@ -157,6 +161,20 @@ class PositionRotary(nn.Module):
             -1, owner.expand(*angles.shape[1:])[..., None]
         )[..., 0]  # fmt: skip
         return torch.cat([mixed, mixed], dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
+
+
+def _inverse_frequencies(rope: Mapping[str, Any], kv_channels: int) -> Tensor:
+    """Radians per position of the D / 2 frequencies, on the CPU; `rope` is HF's rope_parameters."""
+    if rope["rope_type"] == "default":
+        exponent = torch.arange(0, kv_channels, 2, dtype=torch.float32, device="cpu") / kv_channels
+        return 1.0 / rope["rope_theta"] ** exponent
+    from transformers import PreTrainedConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = PreTrainedConfig(rope_parameters=dict(rope), head_dim=kv_channels)
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    assert factor == 1.0  # else the angles' waves would have to be scaled
+    return inv_freq
 
 
 def _frequency_owner(section: Sequence[int], *, interleaved: bool) -> Tensor:

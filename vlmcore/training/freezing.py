@@ -9,15 +9,14 @@ from torch import nn
 
 from vlmcore.errors import TrainError
 from vlmcore.families import Family, FreezeGroup
+from vlmcore.families.shell import VISION_PREFIX
 from vlmcore.recipe.schema import TrainStage
-
-VISION_PREFIX = "vision_model."
 
 
 def freeze_group(parameter: str, family: Family) -> FreezeGroup:
     """The group of a parameter of the Megatron model, by its name there."""
     if family.vision is not None and parameter.startswith(VISION_PREFIX):
-        return family.group_of(family.vision.hf_prefix + parameter.removeprefix(VISION_PREFIX))
+        return family.group_of("model." + parameter.removeprefix(VISION_PREFIX))
     return "llm"
 
 

@@ -22,12 +22,15 @@ NAMES = {
 CODES = {name: code for code, name in NAMES.items()}  # torch name → safetensors code
 FP8 = "float8_e4m3fn"
 FLOATS = ("float64", "float32", "bfloat16", "float16")
-_SIZES = {"64": 8, "32": 4, "16": 2, "t8": 1, "fn": 1, "ol": 1}  # by the name's last two characters
+_SIZES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2,
+    "int8": 1, "uint8": 1, "bool": 1, FP8: 1,
+}  # fmt: skip
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element."""
-    return _SIZES[dtype[-2:]]
+    return _SIZES[dtype]
 
 
 def raw_type(dtype: str) -> np.dtype[Any]:

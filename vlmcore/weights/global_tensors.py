@@ -53,16 +53,13 @@ class HFGlobalTensors:
         box = torch.zeros(shape, dtype=dtype)
         covered = 0
         for region in self._regions[key]:
-            low = [max(a, b) for a, b in zip(offset, region.offset, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offset, shape, region.offset, region.shape, strict=True)
-            ]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
+            common = overlap(offset, shape, region.offset, region.shape)
+            if common is None:
                 continue
+            low, high = common
             stored = region.pack(*(self._piece(source) for source in region.sources))
-            piece = stored[_window(low, high, region.offset)]
-            box[_window(low, high, offset)] = piece.to(dtype)
+            piece = stored[window(low, high, region.offset)]
+            box[window(low, high, offset)] = piece.to(dtype)
             covered += piece.numel()
         expected = self._expected(key, offset, shape)
         if covered != expected:
@@ -83,5 +80,16 @@ class HFGlobalTensors:
         return max(rows, 0) * torch.Size(shape[1:]).numel()
 
 
-def _window(low: list[int], high: list[int], origin: Shape) -> tuple[slice, ...]:
+def overlap(
+    offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape
+) -> tuple[Shape, Shape] | None:
+    """First and one-past-last index of what two boxes of one tensor share; None for nothing."""
+    low = tuple(max(a, b) for a, b in zip(offset, other_offset, strict=True))
+    ends = zip(offset, shape, other_offset, other_shape, strict=True)
+    high = tuple(min(a + n, b + m) for a, n, b, m in ends)
+    return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
+
+
+def window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
+    """Where a box stands inside another one that begins at `origin`."""
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))

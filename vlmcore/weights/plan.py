@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor
-
 from vlmcore.errors import WeightError
 from vlmcore.families.base import Config, Family, LanguageModel
 from vlmcore.families.rows import (
@@ -30,7 +28,7 @@ from vlmcore.families.rows import (
     Tied,
 )
 from vlmcore.weights.experts import ExpertsLayout, experts_layout
-from vlmcore.weights.transforms import Copy, InterleaveQKV, Transform, Transpose
+from vlmcore.weights.transforms import Array, Copy, InterleaveQKV, Transform, Transpose
 
 Shape = tuple[int, ...]
 
@@ -70,11 +68,11 @@ class Region:
         """Whether the box's bytes are those of its one piece."""
         return isinstance(self.transform, Copy)
 
-    def pack(self, *pieces: Tensor) -> Tensor:
+    def pack(self, *pieces: Array) -> Array:
         """The box [shape] from its pieces."""
         return self.transform.to_mcore(*pieces).reshape(self.shape)
 
-    def unpack(self, box: Tensor) -> tuple[Tensor, ...]:
+    def unpack(self, box: Array) -> tuple[Array, ...]:
         """The pieces from a box [shape]."""
         if self.is_copy:
             return (box.reshape(self.hf_shapes[0]),)
