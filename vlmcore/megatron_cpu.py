@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -133,8 +133,56 @@ def _replace_cuda_calls() -> None:
 
 
 def _replace_megatron_calls() -> None:
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tp_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     module: Any = tp_random
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    module = token_dispatcher
+    module.maybe_move_tensor_to_cpu = _host_value
+    module = mappings
+    module._gather_along_first_dim = _uneven_gather(mappings._gather_along_first_dim)
+    module._reduce_scatter_along_first_dim = _uneven_reduce_scatter(
+        mappings._reduce_scatter_along_first_dim
+    )
+
+
+def _host_value(value: Any, *, as_numpy: bool = False, **_: Any) -> Any:
+    """The dispatcher's split sizes, which Megatron leaves as tensors unless they come from CUDA."""
+    return value.numpy() if as_numpy and isinstance(value, Tensor) else value
+
+
+def _uneven_gather(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Gathers parts of different length too (experts cut over ranks), which gloo does not."""
+
+    def gather(
+        part: Tensor, group: Any, output_split_sizes: Sequence[int] | None = None, *args: Any
+    ) -> Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return even(part, group, None, *args)
+        padded = part.new_zeros(max(output_split_sizes), *part.shape[1:])
+        padded[: len(part)] = part
+        whole = even(padded, group).split(len(padded))
+        return torch.cat([x[:size] for x, size in zip(whole, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _uneven_reduce_scatter(even: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The reverse: each rank gets the sum of its part, whatever its length."""
+
+    def reduce_scatter(
+        whole: Tensor, group: Any, input_split_sizes: Sequence[int] | None = None, *args: Any
+    ) -> Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return even(whole, group, None, *args)
+        longest = max(input_split_sizes)
+        padded = whole.new_zeros(group.size(), longest, *whole.shape[1:])
+        for i, part in enumerate(whole.split(list(input_split_sizes))):
+            padded[i, : len(part)] = part
+        mine: Tensor = even(padded.flatten(0, 1), group)
+        return mine[: input_split_sizes[group.rank()]]
+
+    return reduce_scatter

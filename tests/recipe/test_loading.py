@@ -304,3 +304,9 @@ def test_faults_of_the_file_come_before_those_of_all_overrides(write, faults, go
         "--set serve.prot=1",
         "--set train.ful.x=1",
     ]
+
+
+def test_conversion_on_the_fly_is_one_word(good, write) -> None:
+    text = good.replace("convert:\n  tolerance: 1e-4\n", "convert: on_the_fly\n")
+    assert load_recipe(write(text)).convert.on_the_fly
+    assert not load_recipe(write(good)).convert.on_the_fly

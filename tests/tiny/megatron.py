@@ -12,6 +12,7 @@ from megatron.core.distributed import (
 from vlmcore.families import family_of, read_config
 from vlmcore.models.build import build_model, load_weights
 from vlmcore.recipe.schema import TrainStage
+from vlmcore.training.distributed import layout_of
 from vlmcore.training.freezing import apply_freezes
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR
@@ -35,12 +36,8 @@ def stage(**fields: Any) -> TrainStage:
 
 def under_training(mcore_dir: Path, stage: TrainStage) -> tuple[DistributedDataParallel, Any]:
     """Model with loaded weights and frozen groups, and its optimizer."""
-    module = build_model(
-        mcore_dir / SIDECAR,
-        tensor_model_parallel_size=stage.tensor_model_parallel_size,
-        sequence_parallel=stage.sequence_parallel,
-    )
-    load_weights(module, mcore_dir / CHECKPOINT)
+    (module,) = build_model(mcore_dir / SIDECAR, layout=layout_of(stage))
+    load_weights([module], mcore_dir / CHECKPOINT)
     apply_freezes(module, family_of(read_config(mcore_dir / SIDECAR)), stage)
     config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     model = DistributedDataParallel(module.config, config, module)

@@ -23,7 +23,7 @@ from vlmcore.dataloading.samples import TokenSample
 from vlmcore.families import family_of, read_config
 from vlmcore.recipe.schema import TrainStage
 from vlmcore.training.checkpoint import save_weights
-from vlmcore.training.distributed import model_parallel, process_group
+from vlmcore.training.distributed import layout_of, model_parallel, process_group
 from vlmcore.training.step import train_step
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR, copy_sidecar, to_hf
 
@@ -96,7 +96,7 @@ def megatron_step(
 ) -> dict[str, Any]:
     """The same figures from the megatron engine, its weights by way of an export."""
     size = stage.tensor_model_parallel_size
-    with model_parallel(tensor_model_parallel_size=size, seed=0):
+    with model_parallel(layout_of(stage), seed=0):
         model, optimizer = under_training(mcore_dir, stage)
         multiple = size if stage.sequence_parallel else 1
         batch = [row_of(samples, multiple=multiple) for samples in rows]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,97 +11,79 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from vlmcore.errors import WeightError
-from vlmcore.families import Family, family_of, read_config
-from vlmcore.models.language_model import build_language_model, transformer_config
+from vlmcore.families import Config, family_of, read_config
+from vlmcore.layout import Layout
+from vlmcore.models.language_model import build_language_model, check_layout, transformer_config
+
+ONE_RANK = Layout()
 
 
 def build_model(
     hf_dir: Path,
     *,
-    tensor_model_parallel_size: int = 1,
-    sequence_parallel: bool = False,
+    layout: Layout = ONE_RANK,
     params_dtype: torch.dtype = torch.float32,
     parallel_output: bool = True,
-) -> MegatronModule:
-    """This rank's part of the model that an HF folder describes; weights are not initialised.
+) -> list[MegatronModule]:
+    """This rank's chunks of the model that an HF folder describes; weights are not initialised.
+
+    There is one chunk, unless pipeline stages are interleaved (virtual pipeline).
 
     Args:
         hf_dir: Folder with config.json and, for a vision-language model, the tokenizer.
-        tensor_model_parallel_size: As given to `parallel_state`.
-        sequence_parallel: Split norms over the tensor parallel ranks too.
+        layout: As given to `vlmcore.training.distributed.model_parallel`.
         params_dtype: Dtype of the weights.
         parallel_output: Leave logits split over the tensor parallel ranks.
 
     Raises:
-        TrainError: The tensor parallel size does not divide the heads.
-        WeightError: Unknown family, or the tokenizer lacks the image placeholder.
+        TrainError: The layout does not divide the model.
+        WeightError: Unknown family, or the tokenizer lacks a placeholder.
     """
     config = read_config(hf_dir)
     family = family_of(config)
     shape = family.language_model(config)
-    mcore_config = transformer_config(
-        shape,
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        sequence_parallel=sequence_parallel,
-        params_dtype=params_dtype,
-    )
-    language_model = build_language_model(
-        shape,
-        mcore_config,
-        parallel_output=parallel_output,
-        scatter_embedding=family.vision is None,
-    )
+    check_layout(shape, layout, num_deepstack=_num_deepstack(config))
+    mcore_config = transformer_config(shape, layout, params_dtype=params_dtype)
+    count = layout.virtual_pipeline_model_parallel_size
+    chunks: list[MegatronModule] = [
+        build_language_model(
+            shape,
+            mcore_config,
+            virtual_stage=stage,
+            parallel_output=parallel_output,
+            scatter_embedding=family.vision is None,
+        )
+        for stage in (range(count) if count > 1 else [None])
+    ]
     if family.vision is None:
-        return language_model
+        return chunks
+    # only here, since transformers' vision modules take seconds to import
+    from vlmcore.models.vision import build_vision_model, placeholders
     from vlmcore.models.vision_language import VisionLanguageModel
 
-    return VisionLanguageModel(
-        mcore_config,
-        language_model=language_model,
-        vision_model=_vision_model(hf_dir, family, dtype=params_dtype),
-        image_token_id=image_token_id(hf_dir, family),
-    )
-
-
-def image_token_id(hf_dir: Path, family: Family) -> int:
-    """Id of the image placeholder, by its name in the tokenizer.
-
-    Raises:
-        WeightError: The tokenizer lacks it, or the config names another id.
-    """
-    from transformers import AutoTokenizer
-
-    assert family.vision is not None
-    name = family.vision.image_token
-    found = AutoTokenizer.from_pretrained(hf_dir).get_vocab().get(name)
-    configured = read_config(hf_dir).get("image_token_id")
-    if found is None:
-        raise WeightError(
-            f"{hf_dir}: the tokenizer has no token {name}; take the tokenizer of a vision-language "
-            f"donor, or add the token"
+    tokens = placeholders(hf_dir, family)
+    return [
+        VisionLanguageModel(
+            mcore_config,
+            language_model=chunk,
+            vision_model=(
+                build_vision_model(hf_dir, family, dtype=params_dtype)
+                if chunk.pre_process
+                else None
+            ),
+            placeholders=tokens,
         )
-    if configured != found:
-        raise WeightError(
-            f"{hf_dir}: the tokenizer gives {name} id {found}, config.json says image_token_id "
-            f"{configured}; set config.json to {found}"
-        )
-    return int(found)
+        for chunk in chunks
+    ]
 
 
-def _vision_model(hf_dir: Path, family: Family, *, dtype: torch.dtype) -> torch.nn.Module:
-    import transformers
-
-    assert family.vision is not None
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
-    with torch.device("meta"):
-        whole = getattr(transformers, family.architecture)(config)
-    tower: Any = type(whole.get_submodule(family.vision.hf_prefix.removesuffix(".")))
-    built: torch.nn.Module = tower._from_config(config.vision_config, dtype=dtype)
-    return built
+def _num_deepstack(config: Config) -> int:
+    """Decoder layers that image features are added to."""
+    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
 
 def sharded_state_dict(model: MegatronModule) -> dict[str, Any]:
-    """The model's sharded state dict with the metadata that all our checkpoints use."""
+    """A chunk's sharded state dict with the metadata that all our checkpoints use."""
     return model.sharded_state_dict(
         metadata={
             "singleton_local_shards": False,
@@ -109,11 +92,12 @@ def sharded_state_dict(model: MegatronModule) -> dict[str, Any]:
     )
 
 
-def load_weights(model: MegatronModule, checkpoint: Path) -> None:
+def load_weights(chunks: Sequence[MegatronModule], checkpoint: Path) -> None:
     """Loads this rank's part of a torch_dist checkpoint, whatever layout wrote it; strict."""
-    wanted = {"model": sharded_state_dict(model)}
+    wanted = {f"model{i}": sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     try:
         loaded = dist_checkpointing.load(wanted, str(checkpoint))
     except dist_checkpointing.core.CheckpointingException as error:
         raise WeightError(f"{checkpoint}: {error}") from error
-    model.load_state_dict(loaded["model"], strict=True)
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=True)

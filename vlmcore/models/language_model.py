@@ -99,15 +99,12 @@ def _experts_config(moe: MixtureOfExperts) -> dict[str, Any]:
     }
 
 
-def check_layout(
-    model: LanguageModel, layout: Layout, *, num_ranks: int, num_deepstack: int = 0
-) -> None:
+def check_layout(model: LanguageModel, layout: Layout, *, num_deepstack: int = 0) -> None:
     """Refuses a layout that cannot cut this decoder.
 
     Args:
         model: The decoder.
         layout: How to cut it.
-        num_ranks: Ranks that there are.
         num_deepstack: First decoder layers that image features are added to.
 
     Raises:
@@ -161,11 +158,6 @@ def check_layout(
         faults.append(
             f"image features enter the first {num_deepstack} decoder layers (deepstack), but the "
             f"first of {chunks} pipeline stages holds {model.num_layers // chunks}; use fewer stages"
-        )
-    if num_ranks % layout.num_ranks:
-        faults.append(
-            f"one replica takes {layout.num_ranks} ranks, which does not divide the {num_ranks} "
-            f"there are"
         )
     if faults:
         raise TrainError(f"layout {layout}: " + "; ".join(faults))
@@ -244,6 +236,13 @@ def _layer_spec(model: LanguageModel) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if model.moe:
+        # the local spec would store it under the name of a fused linear layer that is not there;
+        # TransformerEngine's spec, whose checkpoints others write, keeps its own
+        names = layer.submodules.sharded_state_dict_keys_map
+        layer.submodules.sharded_state_dict_keys_map = {
+            ours: stored for ours, stored in names.items() if ours != "pre_mlp_layernorm."
+        }
     return layer
 
 

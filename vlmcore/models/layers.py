@@ -132,7 +132,8 @@ class PositionRotary(nn.Module):
 
     Text-only models pass one position three times. `interleaved` spreads the three over the
     frequencies in turn (Qwen3-VL); otherwise each owns a contiguous section (Qwen2.5-VL). `rope` is
-    HF's rope_parameters. Source of both layouts: transformers 5.19, modeling_qwen3_vl and modeling_qwen2_5_vl.
+    HF's rope_parameters. Source of both layouts: transformers 5.19, modeling_qwen3_vl and
+    modeling_qwen2_5_vl.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""A vision-language model for Megatron-Core: the HF vision tower in front of a GPTModel.
+"""A vision-language model for Megatron-Core: transformers' vision modules before a GPTModel.
 
-The tower is the transformers module itself, replicated on every tensor parallel rank, so its
-weights are copied verbatim. Its features replace the embeddings of the image placeholders;
-deepstack features (Qwen3-VL) are added to the hidden states after the first decoder layers.
+The vision side is replicated on every tensor parallel rank of the first pipeline stage, so its
+weights are copied verbatim. Its features replace the embeddings of the placeholders; deepstack
+features (Qwen3-VL) are added to the hidden states after the first decoder layers.
 
 Shape suffixes: B rows, S tokens of a row, H hidden, F image features (merged patches) of a batch.
 """
@@ -20,15 +20,17 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from vlmcore.models.vision import Features, Placeholders, see
+
 
 class VisionLanguageModel(MegatronModule):
-    """Vision tower and decoder; forward takes what GPTModel takes, plus pixels.
+    """Vision side and decoder, as far as they stand on this rank.
 
     Args:
         config: The decoder's config.
         language_model: A GPTModel built with `scatter_embedding=False`.
-        vision_model: The transformers vision tower, merger included.
-        image_token_id: Id of the placeholder, from the tokenizer.
+        vision_model: From `build_vision_model`; None beyond the first pipeline stage.
+        placeholders: Token ids that the features replace.
     """
 
     def __init__(
@@ -36,17 +38,18 @@ class VisionLanguageModel(MegatronModule):
         config: TransformerConfig,
         *,
         language_model: GPTModel,
-        vision_model: nn.Module,
-        image_token_id: int,
+        vision_model: nn.Module | None,
+        placeholders: Placeholders,
     ) -> None:
         super().__init__(config)
         self.model_type = language_model.model_type  # the schedules ask for it
         self.language_model = language_model
         self.vision_model = vision_model
-        self.image_token_id = image_token_id
+        self.placeholders = placeholders
         self._deepstack_SBH: Sequence[Tensor] = ()
-        for depth, layer in enumerate(language_model.decoder.layers):
-            layer.register_forward_hook(self._deepstack_hook(depth))
+        if vision_model is not None:
+            for depth, layer in enumerate(language_model.decoder.layers):
+                layer.register_forward_hook(self._deepstack_hook(depth))
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Hands on what the pipeline schedule received."""
@@ -60,10 +63,11 @@ class VisionLanguageModel(MegatronModule):
         *,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
+        **vision_inputs: Any,
     ) -> Tensor:
         """Per-token losses [B, S] where labels are given, else logits [B, S, vocabulary].
+
+        Before the last pipeline stage: hidden states [S, B, H].
 
         Args:
             input_ids: [B, S].
@@ -71,26 +75,15 @@ class VisionLanguageModel(MegatronModule):
             attention_mask: Unused; attention is causal.
             labels: [B, S], already shifted.
             packed_seq_params: Where samples begin, with B = 1.
-            pixel_values: Patches as the processor gives them, images of all rows in order.
-            image_grid_thw: [images, 3], patches of each image over time, height and width.
+            vision_inputs: What the processor returns for the images and videos of all rows, in
+                order: `pixel_values`, `image_grid_thw`, `pixel_values_videos` …
+
+        Raises:
+            ValueError: The placeholders do not match the features.
         """
-        embedded_SBH = self.language_model.embedding(input_ids, None)
-        deepstack: Sequence[Tensor] = ()
-        if pixel_values is not None:
-            features_FH, deepstack = self._see(pixel_values, image_grid_thw)
-            is_image_BS = input_ids == self.image_token_id
-            if int(is_image_BS.sum()) != len(features_FH):
-                raise ValueError(
-                    f"{int(is_image_BS.sum())} image placeholders, but {len(features_FH)} image "
-                    f"features; the placeholder expansion and image_grid_thw disagree"
-                )
-            embedded_SBH = _place(embedded_SBH, is_image_BS, features_FH)
-            zeros = torch.zeros_like(embedded_SBH)
-            deepstack = [_place(zeros, is_image_BS, level_FH) for level_FH in deepstack]
-        if self.config.sequence_parallel:
-            embedded_SBH = scatter_to_sequence_parallel_region(embedded_SBH)
-            deepstack = [scatter_to_sequence_parallel_region(level) for level in deepstack]
-        self._deepstack_SBH = deepstack
+        embedded_SBH = None
+        if self.vision_model is not None:
+            embedded_SBH = self._embed(input_ids, vision_inputs)
         out: Tensor = self.language_model(
             input_ids,
             position_ids,
@@ -102,9 +95,23 @@ class VisionLanguageModel(MegatronModule):
         self._deepstack_SBH = ()
         return out
 
-    def _see(self, pixels: Tensor, grid_thw: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        seen = self.vision_model(pixels.to(self.config.params_dtype), grid_thw=grid_thw)
-        return seen.pooler_output, list(getattr(seen, "deepstack_features", None) or ())
+    def _embed(self, input_ids: Tensor, vision_inputs: dict[str, Any]) -> Tensor:
+        embedded_SBH = self.language_model.embedding(input_ids, None)
+        deepstack: dict[int, Tensor] = {}
+        for seen in see(
+            self.vision_model, vision_inputs, self.placeholders, dtype=self.config.params_dtype
+        ):
+            is_seen_BS = _marked(input_ids, seen)
+            embedded_SBH = _place(embedded_SBH, is_seen_BS, seen.embedded)
+            for depth, features_FH in enumerate(seen.deepstack):
+                level_SBH = deepstack.get(depth, torch.zeros_like(embedded_SBH))
+                deepstack[depth] = _place(level_SBH, is_seen_BS, features_FH)
+        levels = [deepstack[depth] for depth in range(len(deepstack))]
+        if self.config.sequence_parallel:
+            embedded_SBH = scatter_to_sequence_parallel_region(embedded_SBH)
+            levels = [scatter_to_sequence_parallel_region(level) for level in levels]
+        self._deepstack_SBH = levels
+        return embedded_SBH
 
     def _deepstack_hook(self, depth: int) -> Any:
         def add(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
@@ -116,8 +123,20 @@ class VisionLanguageModel(MegatronModule):
         return add
 
 
-def _place(base_SBH: Tensor, is_image_BS: Tensor, features_FH: Tensor) -> Tensor:
+def _marked(input_ids: Tensor, seen: Features) -> Tensor:
+    """Where the features belong, [B, S]."""
+    is_seen_BS = input_ids == seen.token_id
+    count = int(is_seen_BS.sum())
+    if count != len(seen.embedded):
+        raise ValueError(
+            f"{count} placeholders (token {seen.token_id}), but {len(seen.embedded)} image "
+            f"features; the processor that expanded them does not belong to this model"
+        )
+    return is_seen_BS
+
+
+def _place(base_SBH: Tensor, is_seen_BS: Tensor, features_FH: Tensor) -> Tensor:
     """`base` with the features at the marked positions; the gradient reaches both."""
     base_BSH = base_SBH.transpose(0, 1)
-    placed = base_BSH.masked_scatter(is_image_BS[..., None], features_FH.to(base_BSH.dtype))
+    placed = base_BSH.masked_scatter(is_seen_BS[..., None], features_FH.to(base_BSH.dtype))
     return placed.transpose(0, 1).contiguous()

@@ -105,6 +105,11 @@ class Dataset(Section):
 class Convert(Section):
     """HF safetensors to Megatron-Core torch_dist, and the precision test that follows."""
 
+    on_the_fly: bool = Field(
+        default=False,
+        description="Training reads HF safetensors straight into its ranks and writes them "
+        "straight out; no Megatron checkpoint stands between. Short: `convert: on_the_fly`.",
+    )
     check: bool = Field(default=True, description="Compare HF and Megatron-Core logits in fp32.")
     tolerance: float = Field(
         default=1e-4,
@@ -115,6 +120,11 @@ class Convert(Section):
     tensor_model_parallel_size: tuple[int, ...] = Field(
         default=(1, 2), min_length=1, description="Tensor parallel sizes that the test runs at."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        return {"on_the_fly": True} if value == "on_the_fly" else value
 
 
 class TrainStage(Section):

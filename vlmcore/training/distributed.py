@@ -13,6 +13,17 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from vlmcore import megatron_cpu
+from vlmcore.errors import TrainError
+from vlmcore.layout import Layout
+from vlmcore.recipe.schema import TrainStage
+
+
+def layout_of(stage: TrainStage) -> Layout:
+    """The layout that a stage trains at."""
+    return Layout(
+        tensor_model_parallel_size=stage.tensor_model_parallel_size,
+        sequence_parallel=stage.sequence_parallel,
+    )
 
 
 @contextmanager
@@ -30,10 +41,26 @@ def process_group(*, num_threads: int) -> Iterator[None]:
 
 
 @contextmanager
-def model_parallel(*, tensor_model_parallel_size: int, seed: int) -> Iterator[None]:
-    """Lays the ranks out for Megatron-Core and seeds every generator."""
+def model_parallel(layout: Layout, *, seed: int) -> Iterator[None]:
+    """Lays the ranks out for Megatron-Core and seeds every generator.
+
+    Raises:
+        TrainError: The ranks do not hold whole replicas of this layout.
+    """
+    num_ranks = dist.get_world_size()
+    if num_ranks % layout.num_ranks:
+        raise TrainError(
+            f"layout {layout}: one replica takes {layout.num_ranks} ranks, which does not divide "
+            f"the {num_ranks} there are"
+        )
+    virtual = layout.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_model_parallel_size, create_gloo_process_groups=True
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        create_gloo_process_groups=True,
     )
     random.seed(seed)
     np.random.seed(seed)

@@ -30,6 +30,7 @@ from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
 from vlmcore.models.build import build_model, load_weights
 from vlmcore.training.checkpoint import Checkpointer, save_weights
+from vlmcore.training.distributed import layout_of
 from vlmcore.training.freezing import apply_freezes
 from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
 from vlmcore.training.optimizer import build_optimizer, build_schedule
@@ -107,13 +108,13 @@ def train(job: TrainJob) -> None:
 
 def _load_model(job: TrainJob) -> MegatronModule:
     stage = job.stage
-    module = build_model(
+    (module,) = build_model(
         job.model_dir / SIDECAR,
-        tensor_model_parallel_size=stage.tensor_model_parallel_size,
-        sequence_parallel=stage.sequence_parallel,
+        layout=layout_of(stage),
         params_dtype=getattr(torch, stage.torch_dtype),
-    ).to(megatron_cpu.device())
-    load_weights(module, job.model_dir / CHECKPOINT)
+    )
+    module.to(megatron_cpu.device())
+    load_weights([module], job.model_dir / CHECKPOINT)
     return module
 
 

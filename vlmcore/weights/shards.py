@@ -1,4 +1,4 @@
-"""Where the tensors of an HF model folder stand in its safetensors shards, before one is written."""
+"""Where tensors stand in the safetensors shards of an HF model folder, before one is written."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ Layout differences handled here:
 Shape suffixes: N query heads, G kv groups, Q = N / G query heads a group, D head dim, R = rows of
 the fused matrix (G · (Q + 2) · D), `…` the trailing dimension H of a weight, none for a bias.
 
-All of it is reshaping and placing, so torch tensors and numpy arrays go through alike: ranks use the
-former, the converter's workers the latter, since numpy starts in a tenth of torch's time.
+All of it is reshaping and placing, so torch tensors and numpy arrays go through alike: ranks use
+the former, the converter's workers the latter, since numpy starts in a tenth of torch's time.
 """
 
 from __future__ import annotations

@@ -1,0 +1,126 @@
+"""The vision side of a model: the transformers modules themselves, without their decoder.
+
+What stands under HF's `model.` beside the language model (tower, projector, learned line breaks) is
+one transformers object; its own `get_image_features` and `get_video_features` turn a processor's
+output into features, each family in its own way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmcore import megatron_cpu
+from vlmcore.errors import WeightError
+from vlmcore.families import Family
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """Token ids that stand for image and video features, by their names in the tokenizer."""
+
+    image: int
+    video: int | None
+
+
+def placeholders(hf_dir: Path, family: Family) -> Placeholders:
+    """The placeholders of a vision-language model.
+
+    Raises:
+        WeightError: The tokenizer lacks a token, or the config names another id for it.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    assert family.vision is not None
+    vocabulary = AutoTokenizer.from_pretrained(hf_dir).get_vocab()
+    config = AutoConfig.from_pretrained(hf_dir)
+    faults = []
+    for field, name in family.vision.tokens.items():
+        found, configured = vocabulary.get(name), getattr(config, field, None)
+        if found is None:
+            faults.append(
+                f"the tokenizer has no token {name}; take the tokenizer of a vision-language "
+                f"donor, or add the token"
+            )
+        elif configured != found:
+            faults.append(
+                f"the tokenizer gives {name} id {found}, config.json says {field} {configured}; "
+                f"set config.json to {found}"
+            )
+    if faults:
+        raise WeightError(f"{hf_dir}: " + "; ".join(faults))
+    video = family.vision.video_token
+    return Placeholders(
+        image=vocabulary[family.vision.image_token],
+        video=None if video is None else vocabulary[video],
+    )
+
+
+def build_vision_model(hf_dir: Path, family: Family, *, dtype: torch.dtype) -> nn.Module:
+    """The vision side with uninitialised weights; what no checkpoint holds is computed."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(hf_dir)
+    with torch.device("meta"):
+        whole = getattr(transformers, family.architecture)._from_config(config, dtype=dtype)
+    vision: Any = whole.model
+    del vision.language_model
+    vision.to_empty(device=megatron_cpu.device())
+    for tensor in vision.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # loaded later: transformers initialises the rest
+    for module in vision.modules():
+        module._is_hf_initialized = False
+    vision.initialize_weights()
+    built: nn.Module = vision
+    return built
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one kind of placeholder, [F, H], and those that later layers get, each [F, H]."""
+
+    token_id: int
+    embedded: Tensor
+    deepstack: tuple[Tensor, ...]
+
+
+def see(
+    vision_model: Any, inputs: Mapping[str, Any], tokens: Placeholders, *, dtype: torch.dtype
+) -> list[Features]:
+    """Features of the images and videos that a processor returned.
+
+    Args:
+        vision_model: From `build_vision_model`.
+        inputs: The processor's arrays that are no text: `pixel_values` and what goes with it,
+            `pixel_values_videos` and what goes with it.
+        tokens: Where the features belong.
+        dtype: Of the model's weights.
+    """
+    found = []
+    for token_id, pixels, method, is_video in (
+        (tokens.image, "pixel_values", "get_image_features", False),
+        (tokens.video, "pixel_values_videos", "get_video_features", True),
+    ):
+        if inputs.get(pixels) is None:
+            continue
+        assert token_id is not None
+        arguments = {k: v for k, v in inputs.items() if ("video" in k) == is_video}
+        arguments[pixels] = arguments[pixels].to(dtype)
+        output = getattr(vision_model, method)(**arguments, return_dict=True)
+        levels = getattr(output, "deepstack_features", None) or ()
+        found.append(
+            Features(token_id, _flat(output.pooler_output), tuple(_flat(x) for x in levels))
+        )
+    return found
+
+
+def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """[F, H] from a tensor per image, or one tensor of any leading dimensions."""
+    if not isinstance(features, Tensor):
+        features = torch.cat(list(features))
+    return features.reshape(-1, features.shape[-1])
