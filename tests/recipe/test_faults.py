@@ -69,7 +69,7 @@ UNKNOWN: dict[str, Case] = {
         "  max_model_length: 1",
         "convert.max_model_length",
         "unknown field",
-        "known here: check",
+        "known here: on_the_fly, check",
     ),
     "no idea": one(
         5, "  zzz: [1, 2]", "model.zzz", "unknown field (found a list of 2)", "known here: vlm, llm"

@@ -1,85 +1,112 @@
-"""Megatron-Core's torch_dist checkpoints as global tensors: written and read without a model.
+"""Megatron-Core's torch_dist checkpoints as global tensors: laid out and read without a model.
 
 The layout is torch.distributed.checkpoint's plus Megatron's `metadata.json` and `common.pt`
-(megatron-core 0.16): one global tensor per key, chunks at offsets, and a `_extra_state` object per
-linear layer that holds `[None]` where TransformerEngine is absent.
+(megatron-core 0.16): one global tensor per key, chunks at offsets, each an archive of `torch.save`
+inside a `.distcp` file, and a `_extra_state` object per linear layer that holds `[None]` where
+TransformerEngine is absent. Reading needs no torch and runs nothing that a file names.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
-import logging
+import math
+import mmap
 import pickle
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+import numpy as np
 
 from vlmcore.errors import WeightError
-
-log = logging.getLogger(__name__)
+from vlmcore.weights.archives import ALIGNMENT, archive_ends, open_archive
+from vlmcore.weights.dtypes import Raw, itemsize, raw_type
 
 Shape = tuple[int, ...]
-_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1",
-            "mlp.linear_fc2")  # fmt: skip
+
+MAX_FILE_BYTES = 2 * 10**9  # of one .distcp; a larger tensor gets a file of its own
+_LINEAR = re.compile(r".*decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
+
+
+# -- writing ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One box of a global tensor, made by `read` when the writer asks for it."""
+class Box:
+    """A part of a global tensor, stored as one chunk."""
 
     key: str
     global_shape: Shape
     offset: Shape
     shape: Shape
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """Its name in journals and reports."""
+        return f"{self.key}@{','.join(map(str, self.offset))}"
 
 
-def write_chunks(folder: Path, chunks: Sequence[Chunk], *, num_threads: int = 2) -> None:
-    """Writes a torch_dist checkpoint from lazily read chunks.
+@dataclass(frozen=True)
+class Place:
+    """Where an archive stands: `length` bytes from `start` on in a file of the checkpoint."""
 
-    Args:
-        folder: Target folder; created.
-        chunks: Boxes that together tile every global tensor.
-        num_threads: Writer threads; each holds one chunk at a time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = _decoder_layers(chunks)
-    objects = [
-        f"{prefix}decoder.layers.{linear}._extra_state/shard_{i}_{count}"
-        for prefix, count in layers.items()
-        for i in range(count)
-        for linear in _LINEARS
-    ]
-    planner = _LazyPlanner(chunks, objects)
-    writer = FileSystemWriter(
-        folder, single_file_per_rank=False, thread_count=num_threads, per_thread_copy_ahead=0
+    file: str
+    start: int
+    length: int
+
+
+def place_boxes(boxes: Sequence[Box]) -> list[Place]:
+    """Where each box's archive goes; depends on nothing but the boxes."""
+    places: list[Place] = []
+    file, end = 0, 0
+    for box in boxes:
+        head, tail = archive_ends(box.dtype, box.shape)
+        length = len(head) + math.prod(box.shape) * itemsize(box.dtype) + len(tail)
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if end and start + length > MAX_FILE_BYTES:
+            file, start = file + 1, 0
+        places.append(Place(f"__0_{file}.distcp", start, length))
+        end = start + length
+    return places
+
+
+def write_metadata(folder: Path, placed: Mapping[Box, Place]) -> None:
+    """Writes all that makes the placed archives a checkpoint of Megatron-Core."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
     )
-    # torch warns that no process group exists; one process writes here on purpose
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+
+    entries: dict[str, Any] = {}
+    storage = {}
+    for box, place in placed.items():
+        index = MetadataIndex(box.key, box.offset)
+        storage[index] = _StorageInfo(place.file, place.start, place.length)
+        entry = entries.setdefault(
+            box.key,
+            TensorStorageMetadata(
+                TensorProperties(getattr(torch, box.dtype)), torch.Size(box.global_shape), []
+            ),
+        )
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)))
+    stream = io.BytesIO()
+    torch.save([None], stream)  # what a linear layer's extra state is
+    (folder / "__0_objects.distcp").write_bytes(stream.getvalue())
+    for key in _extra_states(placed):
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo("__0_objects.distcp", 0, stream.tell())
     torch.save({}, folder / "common.pt")
     backend = {
         "sharded_backend": "torch_dist",
@@ -88,159 +115,210 @@ def write_chunks(folder: Path, chunks: Sequence[Chunk], *, num_threads: int = 2)
         "common_backend_version": 1,
     }
     (folder / "metadata.json").write_text(json.dumps(backend))
+    metadata = Metadata(state_dict_metadata=entries, storage_data=storage)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def _decoder_layers(chunks: Sequence[Chunk]) -> dict[str, int]:
-    """Prefix of each decoder stack → its number of layers."""
-    marker = "decoder.layers.self_attention.linear_qkv.weight"
-    return {
-        chunk.key.removesuffix(marker): chunk.global_shape[0]
-        for chunk in chunks
-        if chunk.key.endswith(marker)
-    }
+def _extra_states(boxes: Mapping[Box, Place]) -> Iterator[str]:
+    """Keys of the objects that Megatron's linear layers ask for, one per index of their stack."""
+    stacks = {box.key: box.global_shape[:-2] for box in boxes if _LINEAR.fullmatch(box.key)}
+    for key, stack in stacks.items():
+        of = ".".join(map(str, stack))
+        for index in itertools.product(*map(range, stack)):
+            shard = ".".join(map(str, index))
+            yield f"{key.removesuffix('weight')}_extra_state/shard_{shard}_{of}"
 
 
-class _LazyPlanner(DefaultSavePlanner):
-    """A save plan over chunks that do not exist yet; each is made when its turn comes."""
-
-    def __init__(self, chunks: Sequence[Chunk], objects: Sequence[str]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = {MetadataIndex(c.key, torch.Size(c.offset)): c for c in chunks}
-        self._objects = objects
-
-    def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(
-                index=index,
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(torch.Size(c.offset), torch.Size(c.shape)),
-                    properties=TensorProperties(dtype=c.dtype),
-                    size=torch.Size(c.global_shape),
-                ),
-            )
-            for index, c in self._chunks.items()
-        ]
-        items += [
-            WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects
-        ]
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        entries: dict[str, Any] = {key: BytesStorageMetadata() for key in self._objects}
-        for item in all_plans[0].items:
-            data = item.tensor_data
-            if data is None:
-                continue
-            entry = entries.setdefault(
-                item.index.fqn, TensorStorageMetadata(data.properties, data.size, [])
-            )
-            entry.chunks.append(data.chunk)
-        self.metadata = Metadata(state_dict_metadata=entries)
-        return all_plans, self.metadata
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        self.plan = new_plan
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([None], stream)
-            stream.seek(0)
-            return stream
-        chunk = self._chunks[write_item.index]
-        return chunk.read().reshape(chunk.shape)
+# -- reading ---------------------------------------------------------------------------------------
 
 
-class TorchDistReader:
-    """Boxes of the global tensors of a torch_dist checkpoint, whatever layout wrote it.
+@dataclass(frozen=True)
+class Chunk:
+    """A stored part of a global tensor."""
 
-    Raises:
-        WeightError: The folder is no torch_dist checkpoint, or names a file that is gone.
-    """
+    offset: Shape
+    shape: Shape
+    file: Path
+    start: int
+    length: int
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / ".metadata"
-        try:
-            with path.open("rb") as file:
-                self._metadata: Metadata = pickle.load(file)
-        except FileNotFoundError:
-            raise WeightError(f"{path} is missing: {folder} is no torch_dist checkpoint") from None
-        except (pickle.UnpicklingError, EOFError) as error:
-            raise WeightError(f"{path}: unreadable ({error})") from error
-        self._storage = self._metadata.storage_data or {}
-        lost = sorted(
-            {info.relative_path for info in self._storage.values()}
-            - {file.name for file in folder.iterdir()}
-        )
-        if lost:
-            raise WeightError(f"{folder}: data files are missing: {', '.join(lost)}")
 
-    def info(self, key: str) -> tuple[Shape, torch.dtype]:
-        """Global shape and dtype of a tensor."""
-        entry = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
-            raise WeightError(f"{self.folder}: no tensor {key}")
-        return tuple(entry.size), entry.properties.dtype
+@dataclass(frozen=True)
+class GlobalTensor:
+    """A global tensor of a checkpoint, in whatever chunks it is stored."""
 
-    def keys(self, *, below: Sequence[str] = ("",)) -> list[str]:
-        """Keys of the tensors under any of the prefixes; other objects are left out."""
-        return sorted(
-            key
-            for key, entry in self._metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata) and key.startswith(tuple(below))
-        )
+    key: str
+    shape: Shape
+    dtype: str
+    chunks: tuple[Chunk, ...]
 
-    def read(self, key: str, offset: Shape, shape: Shape) -> Tensor:
-        """One box of a global tensor, put together from the chunks that overlap it.
+    def within(self, offset: Shape, shape: Shape) -> GlobalTensor:
+        """The same with only the chunks that a box overlaps.
 
         Raises:
-            WeightError: The chunks do not cover the box.
+            WeightError: They do not cover the box exactly once.
         """
-        entry = self._metadata.state_dict_metadata[key]
-        assert isinstance(entry, TensorStorageMetadata)
-        box: Tensor | None = None
-        covered = 0
-        for chunk in entry.chunks:
-            low = [max(a, b) for a, b in zip(offset, chunk.offsets, strict=True)]
-            high = [
-                min(a + n, b + m)
-                for a, n, b, m in zip(offset, shape, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
+        found = [(c, _overlap(offset, shape, c.offset, c.shape)) for c in self.chunks]
+        chunks = tuple(chunk for chunk, common in found if common)
+        covered = sum(
+            math.prod(high - low for low, high in zip(*common, strict=True))
+            for _, common in found
+            if common
+        )
+        if covered != math.prod(shape):
+            raise WeightError(
+                f"{self.key}: {covered} of {math.prod(shape)} elements are stored at {offset}"
+            )
+        return GlobalTensor(self.key, self.shape, self.dtype, chunks)
+
+
+def read_checkpoint(folder: Path) -> dict[str, GlobalTensor]:
+    """The global tensors of a torch_dist checkpoint by key; other objects are left out.
+
+    Raises:
+        WeightError: The folder is no torch_dist checkpoint, or a data file is missing or short.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+        entries, storage = metadata.state_dict_metadata, metadata.storage_data
+        places = {
+            (index.fqn, tuple(index.offset)): info
+            for index, info in storage.items()
+            if getattr(index, "offset", None) is not None
+        }
+        tensors = {
+            key: GlobalTensor(
+                key,
+                tuple(entry.size),
+                entry.properties.state[0],
+                tuple(_chunk(folder, key, chunk, places) for chunk in entry.chunks),
+            )
+            for key, entry in entries.items()
+            if hasattr(entry, "size")
+        }
+    except FileNotFoundError:
+        raise WeightError(f"{path} is missing: {folder} is no torch_dist checkpoint") from None
+    except WeightError:
+        raise
+    except Exception as error:  # damaged pickles raise anything
+        raise WeightError(f"{path}: unreadable ({error!r}); copy or train it again") from error
+    _check_files(folder, storage.values())
+    return tensors
+
+
+def _chunk(folder: Path, key: str, chunk: Any, places: Mapping[Any, Any]) -> Chunk:
+    offset = tuple(chunk.offsets)
+    info = places.get((key, offset))
+    if info is None:
+        raise WeightError(f"{folder}: {key} at {offset} has no stored data")
+    file = folder / info.relative_path
+    return Chunk(offset, tuple(chunk.sizes), file, info.offset, info.length)
+
+
+def _check_files(folder: Path, infos: Iterable[Any]) -> None:
+    needed: dict[str, int] = defaultdict(int)
+    for info in infos:
+        end = info.offset + info.length
+        needed[info.relative_path] = max(needed[info.relative_path], end)
+    found = {path.name: path.stat().st_size for path in folder.iterdir()}
+    faults = [
+        f"{name}: {f'truncated, {found[name]} of {size} bytes' if name in found else 'missing'}"
+        for name, size in sorted(needed.items())
+        if found.get(name, -1) < size
+    ]
+    if faults:
+        raise WeightError(
+            f"{folder}: {len(faults)} data file(s) missing or damaged; copy or train them again:"
+            "\n  " + "\n  ".join(faults)
+        )
+
+
+class BoxReader:
+    """Reads boxes of global tensors through memory maps, which stay open."""
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._arrays: dict[tuple[Path, int], Raw] = {}
+
+    def read(self, tensor: GlobalTensor, offset: Shape, shape: Shape) -> Raw:
+        """One box; a view of the file where one chunk holds it, else put together.
+
+        Raises:
+            WeightError: A chunk is unreadable or not what the metadata says.
+        """
+        box: Raw | None = None
+        for chunk in tensor.chunks:
+            common = _overlap(offset, shape, chunk.offset, chunk.shape)
+            if common is None:
                 continue
-            stored = self._load(MetadataIndex(key, chunk.offsets))
-            piece = stored[_window(low, high, chunk.offsets)]
-            if tuple(piece.shape) == tuple(shape):
+            piece = self._array(tensor, chunk)[_window(*common, chunk.offset)]
+            if piece.shape == shape:
                 return piece
             if box is None:
-                box = torch.empty(shape, dtype=entry.properties.dtype)
-            box[_window(low, high, offset)] = piece
-            covered += piece.numel()
-        expected = torch.Size(shape).numel()
-        if box is None or covered != expected:
-            raise WeightError(f"{key}: {covered} of {expected} elements are stored at {offset}")
+                box = np.empty(shape, raw_type(tensor.dtype))
+            box[_window(*common, offset)] = piece
+        assert box is not None, f"{tensor.key}: no chunk at {offset}"  # `within` has checked
         return box
 
-    def _load(self, index: MetadataIndex) -> Tensor:
-        info = self._storage.get(index) or next(
-            (v for k, v in self._storage.items() if (k.fqn, k.offset) == (index.fqn, index.offset)),
-            None,
-        )
-        if info is None:
-            raise WeightError(f"{self.folder}: {index.fqn} at {index.offset} has no stored data")
-        path = self.folder / info.relative_path
-        with path.open("rb") as file:
-            file.seek(info.offset)
-            data = io.BytesIO(file.read(info.length))
+    def _array(self, tensor: GlobalTensor, chunk: Chunk) -> Raw:
+        place = (chunk.file, chunk.start)
+        if place not in self._arrays:
+            self._arrays[place] = self._open(tensor, chunk)
+        return self._arrays[place]
+
+    def _open(self, tensor: GlobalTensor, chunk: Chunk) -> Raw:
+        if chunk.file not in self._maps:
+            with chunk.file.open("rb") as stream:
+                self._maps[chunk.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = self._maps[chunk.file]
         try:
-            return torch.load(data, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise WeightError(f"{path}: {index.fqn} is unreadable ({error})") from error
+            found = open_archive(mapped, chunk.start, chunk.length)
+        except ValueError as error:
+            raise WeightError(f"{chunk.file}: {tensor.key} is unreadable ({error})") from error
+        if (found.dtype, found.shape) != (tensor.dtype, chunk.shape):
+            raise WeightError(
+                f"{chunk.file}: {tensor.key} at {chunk.offset} is {found.dtype} {found.shape}, "
+                f".metadata says {tensor.dtype} {chunk.shape}"
+            )
+        size = itemsize(found.dtype)
+        strides = tuple(n * size for n in found.stride)
+        return np.ndarray(found.shape, raw_type(found.dtype), mapped, found.start, strides)
 
 
-def _window(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+def _overlap(
+    offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape
+) -> tuple[Shape, Shape] | None:
+    """First and one-past-last index of what two boxes share; None for nothing."""
+    low = tuple(map(max, offset, other_offset))
+    ends = zip(offset, shape, other_offset, other_shape, strict=True)
+    high = tuple(min(a + n, b + m) for a, n, b, m in ends)
+    return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
+
+
+def _window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+class _Record:
+    """Stands in for any class that `.metadata` names; holds what was saved of it."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        self.state = state
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Reads `.metadata` into records: no class of it is imported, no function called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and name.islower():
+            return name  # a dtype
+        return _Record
