@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+Grid = Sequence[int]  # patches over time, height and width
+
 
 def mrope_position_ids(
-    input_ids: Tensor, grids_thw: Sequence[Sequence[int]], *, image_token_id: int, merge_size: int
+    input_ids: Tensor,
+    grids_thw: Sequence[Grid],
+    *,
+    image_token_id: int,
+    merge_size: int,
+    video_grids_thw: Sequence[Grid] = (),
+    video_token_id: int | None = None,
+    video_intervals: Sequence[float] | None = None,
 ) -> Tensor:
-    """Positions [3, S] of a sample [S] whose image placeholders are already expanded.
+    """Positions [3, S] of a sample [S] whose placeholders are already expanded.
 
     Text counts up by one. An image's merged patches take the grid's coordinates from the current
     count on, and the count then goes on past the longer of height and width. Same as
-    `get_rope_index` of Qwen2.5-VL and Qwen3-VL in transformers 5.19, for images.
+    `get_rope_index` of Qwen2.5-VL and Qwen3-VL in transformers 5.19.
+
+    Args:
+        input_ids: [S].
+        grids_thw: Patches of each image.
+        image_token_id: Placeholder of an image's merged patches.
+        merge_size: Patches a side of a merged one.
+        video_grids_thw: Patches of each video.
+        video_token_id: Placeholder of a video's merged patches.
+        video_intervals: Temporal positions from one grid step to the next, per video (Qwen2.5-VL:
+            tokens per second · seconds per step). None: text with the time stands between the
+            steps, so each counts as an image (Qwen3-VL).
 
     Raises:
         ValueError: The placeholders do not match the grids.
     """
+    blocks = {image_token_id: iter([(grid, 1.0) for grid in grids_thw])}
+    if video_token_id is not None:
+        blocks[video_token_id] = _video_blocks(video_grids_thw, video_intervals)
     pieces: list[Tensor] = []
     position, start = 0, 0
-    is_image = input_ids == image_token_id
-    for t, h, w in grids_thw:
-        grid = (t, h // merge_size, w // merge_size)
-        count = grid[0] * grid[1] * grid[2]
-        found = is_image[start:].nonzero()
-        begin = start + int(found[0]) if len(found) else len(input_ids)
-        if int(is_image[begin : begin + count].sum()) != count:
+    ids = input_ids.tolist()
+    while start < len(ids):
+        if ids[start] not in blocks:
+            end = next((i for i in range(start, len(ids)) if ids[i] in blocks), len(ids))
+            pieces.append(torch.arange(position, position + end - start).expand(3, -1))
+            position, start = position + end - start, end
+            continue
+        block = next(blocks[ids[start]], None)
+        if block is None:
+            raise ValueError(f"{ids[start:].count(ids[start])} image placeholders have no image")
+        (t, h, w), interval = block
+        h, w = h // merge_size, w // merge_size
+        end = start + t * h * w
+        if ids[start:end] != [ids[start]] * (t * h * w):
             raise ValueError(
-                f"an image of {count} features has {int(is_image[begin:].sum())} placeholders left"
+                f"an image of {t * h * w} features has {ids[start:].count(ids[start])} "
+                f"placeholders left"
             )
-        text = begin - start
-        pieces.append(torch.arange(position, position + text).expand(3, -1))
-        position += text
-        axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-        pieces.append(torch.stack(axes).reshape(3, -1) + position)
-        position += max(grid[1], grid[2])
-        start = begin + count
-    if bool(is_image[start:].any()):
-        raise ValueError(f"{int(is_image[start:].sum())} image placeholders have no image")
-    pieces.append(torch.arange(position, position + len(input_ids) - start).expand(3, -1))
+        axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
+        pieces.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1) + position)
+        position, start = position + max(h, w), end
+    if left := sum(1 for rest in blocks.values() for _ in rest):
+        raise ValueError(f"{left} images have no placeholders left")
     return torch.cat(pieces, dim=1)
+
+
+def _video_blocks(
+    grids_thw: Sequence[Grid], intervals: Sequence[float] | None
+) -> Iterator[tuple[Grid, float]]:
+    if intervals is not None:
+        return zip(grids_thw, intervals, strict=True)
+    return ((((1, h, w), 1.0)) for t, h, w in grids_thw for _ in range(t))

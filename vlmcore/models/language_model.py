@@ -152,12 +152,13 @@ def check_layout(model: LanguageModel, layout: Layout, *, num_deepstack: int = 0
         faults.append("expert parallel sizes above 1 need a language model with experts")
     if pipeline == 1 and chunks > 1:
         faults.append(
-            "virtual_pipeline_model_parallel_size above 1 needs pipeline_model_parallel_size above 1"
+            "virtual_pipeline_model_parallel_size above 1 needs pipeline_model_parallel_size above "
+            "1 too"
         )
     if num_deepstack > model.num_layers // chunks:
         faults.append(
             f"image features enter the first {num_deepstack} decoder layers (deepstack), but the "
-            f"first of {chunks} pipeline stages holds {model.num_layers // chunks}; use fewer stages"
+            f"first of {chunks} pipeline stages holds {model.num_layers // chunks}; use fewer"
         )
     if faults:
         raise TrainError(f"layout {layout}: " + "; ".join(faults))

@@ -172,7 +172,7 @@ def _inverse_frequencies(rope: Mapping[str, Any], kv_channels: int) -> Tensor:
     from transformers import PreTrainedConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = PreTrainedConfig(rope_parameters=dict(rope), head_dim=kv_channels)
+    config = PreTrainedConfig.from_dict({"rope_parameters": dict(rope), "head_dim": kv_channels})
     inv_freq, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     assert factor == 1.0  # else the angles' waves would have to be scaled
     return inv_freq

@@ -1,8 +1,8 @@
 """Which stock class holds which vision tower with which LLM exactly: a table, and what it refuses.
 
 A pair is in the table only where the shell's text model was measured to give the LLM's own logits
-(max difference 0.0 in fp32, transformers 5.19). Nearly right is not: Qwen3's weights in Qwen2.5-VL's
-own class agree with Qwen3 on 21 to 54 % of the tokens, and no loader says a word.
+(max difference 0.0 in fp32, transformers 5.19). Nearly right is not enough: Qwen3's weights in
+Qwen2.5-VL's own class agree with Qwen3 on 21 to 54 % of the tokens, and no loader says a word.
 """
 
 from __future__ import annotations

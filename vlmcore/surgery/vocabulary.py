@@ -73,7 +73,7 @@ def write_tokenizer(vlm_dir: Path, llm_dir: Path, target: Path, shell: Shell) ->
     named = {
         name: token
         for name, token in donor.special_tokens_map.items()
-        if name not in donor.SPECIAL_TOKENS_ATTRIBUTES
+        if name not in type(donor).SPECIAL_TOKENS_ATTRIBUTES  # an instance adds its own
     }
     known = tokenizer.get_vocab()
     wanted = dict.fromkeys([*shell.family.vision.tokens.values(), *named.values()])
@@ -98,7 +98,11 @@ def write_tokenizer(vlm_dir: Path, llm_dir: Path, target: Path, shell: Shell) ->
 
 
 def new_rows(
-    table: Tensor, donor_rows: Mapping[str, Tensor], vocabulary: Vocabulary, *, seed: int
+    table: Tensor,
+    donor_rows: Mapping[str, Tensor],
+    vocabulary: Vocabulary,
+    *,
+    generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """New token → its row [H] for one matrix of the LLM, embeddings or output layer.
 
@@ -106,16 +110,14 @@ def new_rows(
         table: The LLM's matrix [rows, H].
         donor_rows: The vision donor's row of a token, where one of this width exists.
         vocabulary: Which tokens are new.
-        seed: Of the rows that are drawn.
+        generator: Of the rows that are drawn.
     """
     drawn = [token for token in vocabulary.new if token not in donor_rows]
     rows = {token: row.to(table.dtype) for token, row in donor_rows.items()}
     if drawn:
         step = max(1, vocabulary.num_known // SAMPLED_ROWS)
         spread, mean = torch.std_mean(table[: vocabulary.num_known : step].float(), dim=0)
-        noise = torch.randn(
-            len(drawn), table.shape[1], generator=torch.Generator().manual_seed(seed)
-        )
+        noise = torch.randn(len(drawn), table.shape[1], generator=generator)
         values = (mean + NOISE * spread * noise).to(table.dtype)
         rows |= dict(zip(drawn, values, strict=True))
     return rows

@@ -1,8 +1,13 @@
-"""The precision test: HF and Megatron-Core logits on the same samples, in fp32.
+"""The precision test: HF and Megatron-Core logits on the same samples, in fp32, at many layouts.
 
-Run as `torchrun -m vlmcore.training.precision --hf DIR --mcore DIR --out FILE --tp 1 2`. Samples
-come from the model's own processor: text, one image, two images of different size. Positions come
-from our own rule, so the test covers them too.
+Run on as many ranks as hold whole replicas of every layout: `torchrun -m
+vlmcore.training.precision --hf DIR --mcore DIR --out FILE --layouts JSON`. Samples come from the
+model's own processor, positions from our own rule, so the test covers them too. Rank 0 alone runs
+the HF model and compares.
+
+Tolerances: logits of a few units, summed in another order in fp32, differ by about 1e-6 for a tiny
+model; rounding grows with width and depth, to some 1e-5 at thousands of summands. A misplaced or
+wrong weight shows at 1e-2 and above, so 1e-4 parts the two.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,152 +24,185 @@ warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from vlmcore import megatron_cpu  # noqa: E402
-from vlmcore.dataloading.encode import ConversationEncoder, Message  # noqa: E402
 from vlmcore.families import family_of, read_config  # noqa: E402
+from vlmcore.layout import Layout  # noqa: E402
 from vlmcore.models.build import build_model, load_weights  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
+from vlmcore.training.precision_samples import Sample, precision_samples  # noqa: E402
+from vlmcore.training.precision_states import (  # noqa: E402
+    MegatronStates,
+    States,
+    transformers_states,
+)
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR  # noqa: E402
-
-_SIZES = {"one image": [(96, 64)], "two images": [(64, 64), (128, 32)]}
 
 
 @dataclass(frozen=True)
-class PrecisionResult:
-    """Logit differences of one sample at one layout, over all of its tokens."""
+class LogitDiff:
+    """Differences of logits over some tokens."""
 
-    tensor_model_parallel_size: int
-    sample: str
     num_tokens: int
     max_diff: float
     mean_diff: float
     top1_agreement: float
+
+
+@dataclass(frozen=True)
+class PrecisionResult:
+    """One sample at one layout.
+
+    Attributes:
+        all_tokens: Over the whole sample.
+        loss_tokens: Over the positions that predict the answer.
+        diverges_at: Where the two models part first, if they are past the tolerance.
+    """
+
+    layout: Layout
+    sample: str
+    all_tokens: LogitDiff
+    loss_tokens: LogitDiff
     tolerance: float
+    diverges_at: str | None
 
     @property
     def passed(self) -> bool:
         """Whether the largest difference is within the tolerance."""
-        return self.max_diff <= self.tolerance
+        return self.all_tokens.max_diff <= self.tolerance
 
-
-@dataclass(frozen=True)
-class _Sample:
-    name: str
-    input_ids: Tensor  # [1, S]
-    position_ids: Tensor  # [3, 1, S]
-    pixel_values: Tensor | None
-    image_grid_thw: Tensor | None
-    token_types: Tensor  # [1, S], 1 at image placeholders
-
-    @property
-    def vision(self) -> dict[str, Tensor]:
-        if self.pixel_values is None or self.image_grid_thw is None:
-            return {}
-        return {"pixel_values": self.pixel_values, "image_grid_thw": self.image_grid_thw}
+    def row(self) -> dict[str, Any]:
+        """Everything as JSON values, layout and figures over all tokens at the top."""
+        return {
+            **asdict(self.layout),
+            "sample": self.sample,
+            **asdict(self.all_tokens),
+            "loss_tokens": asdict(self.loss_tokens),
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+            "diverges_at": self.diverges_at,
+        }
 
 
 def precision_test(
     hf_dir: Path,
     mcore_dir: Path,
     *,
-    layouts: list[int],
+    layouts: Sequence[Layout],
     tolerance: float,
     round_to: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> list[PrecisionResult]:
-    """Compares at every tensor parallel size; call inside `process_group` on every rank.
+    """Compares at every layout; call inside `process_group` on every rank.
 
     Args:
         hf_dir: HF model folder.
         mcore_dir: Megatron model folder.
-        layouts: Tensor parallel sizes.
+        layouts: Each must have whole replicas on the ranks there are.
         tolerance: Largest absolute logit difference that passes.
         round_to: Dtype that the HF folder's weights were saved in; Megatron's are rounded to it.
-        seed: Of the layout's generators.
+        seed: Of the layouts' generators.
+
+    Returns:
+        The results on rank 0; nothing on the others.
+
+    Raises:
+        TrainError: A layout does not divide the model or the ranks.
     """
-    samples = list(_samples(hf_dir))
-    reference = _hf_logits(hf_dir, samples)
+    samples = precision_samples(hf_dir)
+    leads = dist.get_rank() == 0
+    reference = _reference(hf_dir, samples) if leads else []
     results = []
-    for size in layouts:
-        with model_parallel(tensor_model_parallel_size=size, seed=seed):
-            model = build_model(
-                mcore_dir / SIDECAR, tensor_model_parallel_size=size, parallel_output=False
-            ).to(megatron_cpu.device())
-            load_weights(model, mcore_dir / CHECKPOINT)
-            model.to(round_to).to(torch.float32).eval()
-            for sample, expected in zip(samples, reference, strict=True):
-                found = _mcore_logits(model, sample)[..., : expected.shape[-1]]
-                difference = (found - expected).abs()
-                agreement = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-                results.append(
-                    PrecisionResult(
-                        tensor_model_parallel_size=size,
-                        sample=sample.name,
-                        num_tokens=sample.input_ids.shape[1],
-                        max_diff=float(difference.max()),
-                        mean_diff=float(difference.mean()),
-                        top1_agreement=float(agreement),
-                        tolerance=tolerance,
-                    )
-                )
+    for layout in layouts:
+        with model_parallel(layout, seed=seed):
+            runner = _runner(mcore_dir, layout, round_to=round_to)
+            for i, sample in enumerate(samples):
+                with runner.recorded() as found:
+                    logits_SV = runner.logits(sample)
+                diffs = _diffs(logits_SV, reference[i], sample) if leads else None
+                hidden = None
+                if _told_by_first(diffs is not None and not diffs[0].max_diff <= tolerance):
+                    hidden = runner.hidden(found, sample.input_ids.shape[1])
+                if diffs is not None:
+                    place = hidden and _place(hidden, reference[i], sample, hf_dir, tolerance)
+                    results.append(PrecisionResult(layout, sample.name, *diffs, tolerance, place))
     return results
 
 
-def _samples(hf_dir: Path) -> Iterator[_Sample]:
-    encoder = ConversationEncoder(hf_dir, task="sft")
-    yield _encode(encoder, "text", "What is 12 + 30?", [])
-    if encoder.family.vision is not None:
-        for name, sizes in _SIZES.items():
-            images = [_pattern(width, height) for width, height in sizes]
-            yield _encode(encoder, name, "<image>" * len(images) + "What is shown?", images)
-
-
-def _encode(
-    encoder: ConversationEncoder, name: str, question: str, images: list[Image.Image]
-) -> _Sample:
-    messages: list[Message] = [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": "An answer of a few tokens: 0123456789."},
-    ]
-    text = encoder.encode(messages, [encoder.grid(image.size) for image in images])
-    pixels, grids = encoder.patches(images) if images else (None, None)
-    ids = text.input_ids[None]
-    return _Sample(
-        name, ids, text.position_ids[:, None], pixels, grids, (ids == encoder.image_token_id).int()
-    )
-
-
-def _pattern(width: int, height: int) -> Image.Image:
-    """An image in which no two patches are alike."""
-    x = torch.arange(width).expand(height, -1)
-    y = torch.arange(height)[:, None].expand(-1, width)
-    channels = torch.stack([x * 7 + y * 3, x * y, 255 - x * 2 + y * 5], dim=-1) % 256
-    return Image.fromarray(channels.to(torch.uint8).numpy())
-
-
-@torch.no_grad()
-def _hf_logits(hf_dir: Path, samples: list[_Sample]) -> list[Tensor]:
+def _reference(hf_dir: Path, samples: Sequence[Sample]) -> list[States]:
+    """What transformers computes; the model is gone afterwards."""
     import transformers
 
     family = family_of(read_config(hf_dir))
     cls = getattr(transformers, family.architecture)
-    model = cls.from_pretrained(hf_dir, dtype=torch.float32).to(megatron_cpu.device()).eval()
-    logits = []
-    for sample in samples:
-        extra: dict[str, Any] = dict(sample.vision)
-        if family.vision is not None:
-            extra["mm_token_type_ids"] = sample.token_types
-        logits.append(model(input_ids=sample.input_ids, **extra).logits)
-    return logits
+    model: nn.Module = cls.from_pretrained(hf_dir, dtype=torch.float32)
+    model = model.to(megatron_cpu.device()).eval()
+    decoder = model.get_submodule(family.text_hf_prefix.removesuffix("."))
+    return [transformers_states(model, decoder, sample) for sample in samples]
 
 
-@torch.no_grad()
-def _mcore_logits(model: Any, sample: _Sample) -> Tensor:
-    logits: Tensor = model(sample.input_ids, sample.position_ids, None, **sample.vision)
-    return logits
+def _runner(mcore_dir: Path, layout: Layout, *, round_to: torch.dtype) -> MegatronStates:
+    chunks = build_model(mcore_dir / SIDECAR, layout=layout, parallel_output=False)
+    for chunk in chunks:
+        chunk.to(megatron_cpu.device()).eval()
+    load_weights(chunks, mcore_dir / CHECKPOINT)
+    for chunk in chunks:
+        for weight in chunk.parameters():
+            weight.data = weight.data.to(round_to).float()
+    config = read_config(mcore_dir / SIDECAR)
+    num_layers = family_of(config).language_model(config).num_layers
+    return MegatronStates(chunks, layout, num_layers=num_layers)
+
+
+def _told_by_first(value: bool) -> bool:
+    """What rank 0 holds to be true."""
+    flag = torch.tensor([int(value)], device=megatron_cpu.device())
+    dist.broadcast(flag, 0)
+    return bool(flag.item())
+
+
+def _diffs(found_SV: Tensor, reference: States, sample: Sample) -> tuple[LogitDiff, LogitDiff]:
+    """Over all tokens, and over those that predict the answer."""
+    found_SV = found_SV[:, : reference.logits.shape[1]]  # Megatron pads the vocabulary
+    answer = slice(sample.num_prompt_tokens - 1, -1)
+    return (
+        _diff(found_SV, reference.logits),
+        _diff(found_SV[answer], reference.logits[answer]),
+    )
+
+
+def _diff(found_SV: Tensor, expected_SV: Tensor) -> LogitDiff:
+    difference = (found_SV - expected_SV).abs()
+    agreement = (found_SV.argmax(-1) == expected_SV.argmax(-1)).float().mean()
+    return LogitDiff(
+        len(found_SV), float(difference.max()), float(difference.mean()), float(agreement)
+    )
+
+
+def _place(
+    hidden_SH: dict[int, Tensor], reference: States, sample: Sample, hf_dir: Path, tolerance: float
+) -> str:
+    """The first stage of the model past the tolerance.
+
+    A token's difference is told in units of its root mean square, which the next norm divides by:
+    single tokens of real models are a thousand times larger than the rest.
+    """
+    prefix = family_of(read_config(hf_dir)).text_hf_prefix
+    before = 0.0
+    for index, expected_SH in reference.hidden.items():
+        scale_S = expected_SH.pow(2).mean(-1).sqrt().clamp(min=1e-12)
+        difference_S = (hidden_SH[index] - expected_SH).abs().amax(-1) / scale_S
+        largest = float(difference_S.max())
+        if not largest <= tolerance:
+            name = f"{prefix}layers.{index - 1}"
+            if index == 0:
+                seen = difference_S[sample.is_placeholder]
+                apart = len(seen) and not float(seen.max()) <= tolerance
+                name = "vision features" if apart else "embeddings"
+            return f"{name} (largest {largest:.1e}, before it at most {before:.1e})"
+        before = max(before, largest)
+    return f"final norm or lm_head (before it at most {before:.1e})"
 
 
 def main() -> None:
@@ -173,7 +211,7 @@ def main() -> None:
     parser.add_argument("--hf", type=Path, required=True, help="HF model folder")
     parser.add_argument("--mcore", type=Path, required=True, help="Megatron model folder")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--tp", type=int, nargs="+", default=[1], help="tensor parallel sizes")
+    parser.add_argument("--layouts", type=json.loads, required=True, help="JSON list of Layouts")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--round-to", default="float32", help="dtype the HF weights are saved in")
     args = parser.parse_args()
@@ -181,12 +219,12 @@ def main() -> None:
         results = precision_test(
             args.hf,
             args.mcore,
-            layouts=args.tp,
+            layouts=[Layout(**sizes) for sizes in args.layouts],
             tolerance=args.tolerance,
             round_to=getattr(torch, args.round_to),
         )
         if dist.get_rank() == 0:
-            rows = [{**asdict(result), "passed": result.passed} for result in results]
+            rows = [result.row() for result in results]
             args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -1,163 +1,210 @@
-"""HF safetensors ↔ Megatron-Core torch_dist, tensor by tensor, with a digest for every tensor."""
+"""HF safetensors ↔ Megatron-Core torch_dist, tensor by tensor, with a digest for every tensor.
+
+No model is built for it: a weight plan says which bytes go where, workers move them, a journal lets
+an interrupted conversion continue, and a ledger says that nothing was lost. See `units`, `workers`,
+`journal`, `report`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-import logging
 import shutil
-from collections import Counter
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from vlmcore.errors import WeightError
-from vlmcore.families import family_of, read_config
-from vlmcore.weights.architecture import architecture_shapes, check_against_architecture
+from vlmcore.families import Config, Family, family_of, read_config
+from vlmcore.weights.dtypes import FLOATS
 from vlmcore.weights.plan import Plan, Region, build_plan
-from vlmcore.weights.safetensors_io import (
-    SafetensorsFolder,
-    parse_size,
-    tensor_bytes,
-    write_sharded,
+from vlmcore.weights.report import close_ledger, conversion_report
+from vlmcore.weights.safetensors_io import INDEX, SafetensorsFolder, TensorInfo, parse_size
+from vlmcore.weights.shards import Shard, plan_shards, shard_index
+from vlmcore.weights.torch_dist import (
+    Box,
+    GlobalTensor,
+    Place,
+    place_boxes,
+    read_checkpoint,
+    write_metadata,
 )
-from vlmcore.weights.torch_dist import Chunk, TorchDistReader, write_chunks
-
-log = logging.getLogger(__name__)
+from vlmcore.weights.units import PackUnit, Task, UnpackUnit
+from vlmcore.weights.workers import Listener, move_units
+from vlmcore.weights.workfolder import WorkFolder, require_free, work_folder
 
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 SIDECAR = "hf"  # config, tokenizer and processor files beside it
 REPORT = "conversion.json"
+PUBLISHED = "published_shapes.json"  # in the sidecar: the HF tensors of its config
 # named one by one: a source may also hold reports and manifests, which tell of another artifact
 SIDE_FILES = (
     "config.json", "generation_config.json", "*token*.json", "vocab*", "merges*", "*.model",
-    "*processor*.json", "chat_template*", "*.jinja", "LICENSE*",
+    "*processor*.json", "chat_template*", "*.jinja", "LICENSE*", PUBLISHED,
 )  # fmt: skip
 VOCABULARY = (
     "word_embeddings.weight",
     "output_layer.weight",
 )  # first dimension, padded by Megatron
 
+Shape = tuple[int, ...]
+
 
 def to_mcore(
-    source: Path, target: Path, *, dtype: torch.dtype | None = None, num_threads: int = 2
-) -> dict[str, object]:
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    num_processes: int | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
     """Converts an HF model folder; gives the report that is also written to `conversion.json`.
+
+    What it has written of an interrupted conversion stays in `TARGET.partial`, and the next call
+    with the same source and dtype continues there.
 
     Args:
         source: HF folder with config.json and safetensors.
-        target: Gets `checkpoint/` (torch_dist), `hf/` (config, tokenizer, processor), the report.
-        dtype: Dtype of the floating-point tensors; None keeps each as it is.
-        num_threads: Writer threads.
+        target: Gets `checkpoint/` (torch_dist), `hf/` (config, tokenizer, processor), the report;
+            must not be there yet, or be empty.
+        dtype: Torch name of the dtype of all tensors; None keeps each as it is.
+        num_processes: Workers; None: one a core, 8 at most, fewer where there is little to do.
+        on_progress: Hears (bytes done, bytes in all).
+
+    Returns:
+        The report, with `seconds` and the number of units that were `resumed`.
 
     Raises:
-        WeightError: The checkpoint differs from its architecture, or the weight map does not
-            account for every tensor.
+        WeightError: The checkpoint differs from its architecture, the weight map does not account
+            for every tensor, a file is damaged, the disk is full, or a worker died.
     """
+    began = time.perf_counter()
+    require_free(target)
     config = read_config(source)
     family = family_of(config)
-    check_against_architecture(source)
     tensors = SafetensorsFolder(source)
-    plan = build_plan(family, config, tensors.shapes)
-    read: Counter[str] = Counter()
-    digests: dict[str, str] = {}
-
-    def chunk(region: Region) -> Chunk:
-        kept = dtype or tensors[region.hf_keys[0]].dtype
-
-        def make() -> Tensor:
-            sources = []
-            for key in region.hf_keys:
-                tensor = tensors.read(key)
-                read[key] += 1
-                digests[key] = _digest(tensor)
-                sources.append(tensor.to(kept))
-            return region.to_mcore(*sources)
-
-        return Chunk(region.mcore_key, region.global_shape, region.offset, region.shape, kept, make)
-
-    write_chunks(
-        target / CHECKPOINT, [chunk(region) for region in plan.regions], num_threads=num_threads
-    )
-    expected = {key for region in plan.regions for key in region.hf_keys}
-    _check_ledger(read, expected, "read")
-    copy_sidecar(source, target / SIDECAR)
-    report: dict[str, object] = {
-        "family": family.model_type,
-        "keys_read": len(read) + len(plan.tied),
-        "keys_written": len({region.mcore_key for region in plan.regions}),
-        "tied": dict(plan.tied),
-        "dropped": dict(plan.dropped),
-        "digest": _total(digests),
-        "tensors": dict(sorted(digests.items())),
+    plan = _plan(family, config, tensors)
+    boxes = _boxes(plan, tensors, dtype)
+    placed = dict(zip(boxes, place_boxes(list(boxes.values())), strict=True))
+    tasks = [
+        PackUnit(
+            number,
+            unit,
+            {key: tensors[key] for key in unit.hf_keys},
+            tuple(boxes[region] for region in unit.regions),
+            tuple(placed[region] for region in unit.regions),
+        )
+        for number, unit in enumerate(plan.units)
+    ]
+    identity = {
+        "direction": "to_mcore",
+        "source": _identity(source, [*tensors.files, source / "config.json"]),
+        "dtype": dtype,
     }
-    (target / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    files = {f"{CHECKPOINT}/{name}": size for name, size in _sizes(placed.values()).items()}
+    with work_folder(target, identity=identity, files=files) as work:
+        copy_sidecar(source, work.path / SIDECAR)
+        _leave_quantization_out(work.path / SIDECAR / "config.json")
+
+        def check() -> None:
+            from vlmcore.weights.architecture import check_against_architecture
+
+            check_against_architecture(source)
+            _record_shapes(work.path / SIDECAR)
+
+        resumed = _move(
+            work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
+        )
+        write_metadata(work.path / CHECKPOINT, {boxes[r]: placed[r] for r in plan.regions})
+        scales = {key: info.scale.key for key, info in tensors.items() if info.scale}
+        report = {
+            "keys_read": len(tensors) - len(plan.dropped),
+            "keys_written": len({region.mcore_key for region in plan.regions}),
+        } | _report(work, family, plan, dequantized=scales)
+        work.publish()
+    return report | {"seconds": round(time.perf_counter() - began, 3), "resumed": resumed}
 
 
 def to_hf(
-    source: Path, target: Path, *, dtype: torch.dtype | None = None, max_shard_size: str = "4GB"
-) -> dict[str, object]:
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "4GB",
+    num_processes: int | None = None,
+    on_progress: Listener | None = None,
+) -> dict[str, Any]:
     """Converts a Megatron model folder back; gives the report, also written to `conversion.json`.
 
+    Continues an interrupted conversion as `to_mcore` does.
+
     Args:
-        source: Folder that `to_mcore` or a training stage wrote.
-        target: Gets safetensors, index, config, tokenizer, processor and the report.
-        dtype: Dtype of the floating-point tensors; None keeps each as it is stored.
+        source: Folder that `to_mcore` or a training stage wrote, at whatever parallel layout.
+        target: Gets safetensors, index, config, tokenizer, processor and the report; must not be
+            there yet, or be empty.
+        dtype: Torch name of the dtype of all tensors; None keeps each as it is stored.
         max_shard_size: Data of one safetensors file at most, such as 4GB.
+        num_processes: Workers; None: one a core, 8 at most, fewer where there is little to do.
+        on_progress: Hears (bytes done, bytes in all).
+
+    Returns:
+        The report, with `seconds` and the number of units that were `resumed`.
 
     Raises:
         WeightError: A tensor of the architecture has no source in the checkpoint or the other way
-            round, or shapes differ.
+            round, shapes differ, a file is damaged, the disk is full, or a worker died.
     """
+    began = time.perf_counter()
+    require_free(target)
+    limit = parse_size(max_shard_size)
     config = read_config(source / SIDECAR)
     family = family_of(config)
-    shapes = architecture_shapes(source / SIDECAR)
+    stored = read_checkpoint(source / CHECKPOINT)
+    shapes = _published_shapes(source / SIDECAR)
     plan = build_plan(family, config, shapes)
-    reader = TorchDistReader(source / CHECKPOINT)
-    _check_stored(plan, reader)
-    homes = {key: (region, i) for region in plan.regions for i, key in enumerate(region.hf_keys)}
-    written: Counter[str] = Counter()
-    digests: dict[str, str] = {}
-    region_cache: dict[str, tuple[Tensor, ...]] = {}
-
-    def kept(region: Region) -> torch.dtype:
-        stored = reader.info(region.mcore_key)[1]
-        return dtype if dtype and stored.is_floating_point else stored
-
-    def read(key: str) -> Tensor:
-        region, i = homes[key]
-        name = region.hf_keys[0]
-        if name not in region_cache:
-            region_cache.clear()  # one region in memory
-            box = reader.read(region.mcore_key, region.offset, region.shape)
-            region_cache[name] = region.to_hf(_without_layer(box, region))
-        tensor = region_cache[name][i].to(kept(region)).contiguous()
-        written[key] += 1
-        digests[key] = _digest(tensor)
-        return tensor
-
-    order = [key for region in plan.regions for key in region.hf_keys]
-    tensors = {key: (tuple(shapes[key]), kept(homes[key][0])) for key in order}
-    target.mkdir(parents=True, exist_ok=True)
-    write_sharded(target, tensors, read, max_shard_bytes=parse_size(max_shard_size))
-    _check_ledger(written, set(order), "written")
-    copy_sidecar(source / SIDECAR, target)
-    if dtype is not None:
-        _record_dtype(target / "config.json", dtype)
-    report: dict[str, object] = {
-        "family": family.model_type,
-        "keys_read": len({region.mcore_key for region in plan.regions}),
-        "keys_written": len(written),
-        "tied": dict(plan.tied),
-        "dropped": dict(plan.dropped),
-        "digest": _total(digests),
-        "tensors": dict(sorted(digests.items())),
+    _check_stored(source / CHECKPOINT, plan, stored)
+    kept = {
+        key: dtype or stored[region.mcore_key].dtype
+        for region in plan.regions
+        for key in (piece.key for piece in region.sources)
     }
-    (target / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    order = {key: (shape, kept[key]) for key, shape in shapes.items() if key in kept}
+    shards = plan_shards(order, max_shard_bytes=limit)
+    written = _places(shards, order)
+    tasks = [
+        UnpackUnit(
+            number,
+            unit,
+            tuple(stored[r.mcore_key].within(r.offset, r.shape) for r in unit.regions),
+            {key: written[key] for key in unit.hf_keys},
+        )
+        for number, unit in enumerate(plan.units)
+    ]
+    identity = {
+        "direction": "to_hf",
+        "source": _identity(source, [*sorted((source / CHECKPOINT).iterdir()),
+                                     source / SIDECAR / "config.json"]),
+        "dtype": dtype,
+        "max_shard_bytes": limit,
+    }  # fmt: skip
+    files = {shard.name: shard.size_bytes for shard in shards}
+    with work_folder(target, identity=identity, files=files) as work:
+        resumed = _move(
+            work, ".", tasks, lambda: None, num_processes=num_processes, on_progress=on_progress
+        )
+        _write_headers(work.path, shards)
+        copy_sidecar(source / SIDECAR, work.path)
+        (work.path / PUBLISHED).unlink(missing_ok=True)
+        if dtype is not None:
+            _record_dtype(work.path / "config.json", dtype)
+        report = {
+            "keys_read": len({region.mcore_key for region in plan.regions}),
+            "keys_written": len(order),
+        } | _report(work, family, plan, dequantized={})
+        work.publish()
+    return report | {"seconds": round(time.perf_counter() - began, 3), "resumed": resumed}
 
 
 def copy_sidecar(source: Path, target: Path) -> None:
@@ -168,55 +215,90 @@ def copy_sidecar(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _record_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Writes the dtype into a config, so that loaders and servers compute in it."""
-    config = json.loads(path.read_text())
-    name = str(dtype).removeprefix("torch.")
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        if isinstance(part, dict):
-            for field in {"dtype", "torch_dtype"} & set(part) or {"dtype"}:
-                part[field] = name
-    path.write_text(json.dumps(config, indent=2) + "\n")
+def _plan(family: Family, config: Config, tensors: SafetensorsFolder) -> Plan:
+    """The plan; where it does not close, the architecture says best what the checkpoint lacks."""
+    try:
+        return build_plan(family, config, tensors.shapes)
+    except WeightError:
+        from vlmcore.weights.architecture import check_against_architecture
+
+        check_against_architecture(tensors.folder)
+        raise
 
 
-def _without_layer(box: Tensor, region: Region) -> Tensor:
-    return box[0] if len(region.shape) > len(region.hf_shapes[0]) else box
+def _boxes(plan: Plan, tensors: SafetensorsFolder, dtype: str | None) -> dict[Region, Box]:
+    """The box of each region, with its dtype.
 
-
-def _check_stored(plan: Plan, reader: TorchDistReader) -> None:
-    expected = {region.mcore_key: region.global_shape for region in plan.regions}
-    prefixes = sorted({key.split(".", 1)[0] for key in expected})
-    stored = set(reader.keys(below=[f"{prefix}." for prefix in prefixes]))
-    faults = [f"{key}: missing from the checkpoint" for key in sorted(set(expected) - stored)]
-    faults += [
-        f"{key}: in the checkpoint, but no row maps it" for key in sorted(stored - {*expected})
+    Raises:
+        WeightError: Lists weights that are no floating-point numbers, and global tensors whose
+            parts have several dtypes.
+    """
+    kinds: dict[str, dict[str, str]] = {}  # mcore key → dtype → an HF key that has it
+    for region in plan.regions:
+        for piece in region.sources:
+            found = tensors[piece.key].dtype_name
+            kinds.setdefault(region.mcore_key, {}).setdefault(found, piece.key)
+    faults = [
+        f"{key}: dtype {kind}, expected one of {', '.join(FLOATS)}"
+        for found in kinds.values()
+        for kind, key in found.items()
+        if kind not in FLOATS
     ]
     faults += [
-        f"{key}: shape {reader.info(key)[0]}, expected {expected[key]}"
-        for key in sorted(set(expected) & stored)
-        if not _fits(key, reader.info(key)[0], expected[key])
+        f"{mcore_key}: "
+        + ", ".join(f"{key} is {kind}" for kind, key in sorted(found.items()))
+        + "; expected one dtype, choose it with --dtype"
+        for mcore_key, found in sorted(kinds.items())
+        if len(found) > 1 and dtype is None
     ]
     if faults:
-        raise WeightError(f"{reader.folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+        raise WeightError(f"{tensors.folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+    return {
+        region: Box(
+            region.mcore_key, region.global_shape, region.offset, region.shape,
+            dtype or tensors[region.sources[0].key].dtype_name,
+        )
+        for region in plan.regions
+    }  # fmt: skip
 
 
-def _fits(key: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    """Equal, or padded along the vocabulary, which is trimmed."""
-    padded = key.endswith(VOCABULARY) and stored[0] > expected[0] and stored[1:] == expected[1:]
-    return stored == expected or padded
+def _move(
+    work: WorkFolder,
+    folder: str,
+    tasks: list[Task],
+    check: Callable[[], None],
+    *,
+    num_processes: int | None,
+    on_progress: Listener | None,
+) -> int:
+    """Moves all units and closes the ledger; how many units an earlier conversion had done."""
+    resumed = len(work.journal.progress.done)
+    judged: list[WeightError] = []
+
+    def judge() -> None:
+        try:
+            check()
+        except WeightError as error:
+            judged.append(error)
+            raise
+
+    try:
+        move_units(
+            work.path / folder, tasks, journal=work.journal, num_processes=num_processes,
+            check=judge, on_progress=on_progress,
+        )  # fmt: skip
+    except WeightError:
+        if judged:  # a source that must not be converted is not gone on with
+            work.discard()
+        raise
+    close_ledger(tasks, work.journal.progress)
+    return resumed
 
 
-def _check_ledger(counts: Mapping[str, int], expected: set[str], verb: str) -> None:
-    faults = [f"{key}: {verb} {counts.get(key, 0)} times" for key in sorted(expected)
-              if counts.get(key, 0) != 1]  # fmt: skip
-    if faults:
-        raise WeightError("the ledger does not close:\n  " + "\n  ".join(faults))
-
-
-def _digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-
-
-def _total(digests: Mapping[str, str]) -> str:
-    joined = "".join(f"{key}:{digest}\n" for key, digest in sorted(digests.items()))
-    return hashlib.sha256(joined.encode()).hexdigest()
+def _report(
+    work: WorkFolder, family: Family, plan: Plan, *, dequantized: Mapping[str, str]
+) -> dict[str, Any]:
+    done = [one for _, one in sorted(work.journal.progress.done.items())]
+    report = conversion_report(family.model_type, plan, done, dequantized=dequantized)
+    (work.path / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    return report
