@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from flows.convert_command import convert_app
+from flows.swap_command import swap
 from vlmcore.errors import GateError, VlmflowError
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ artifacts_app = typer.Typer(help="Look at the artifact store.", no_args_is_help=
 app.add_typer(artifacts_app, name="artifacts")
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(convert_app, name="convert")
 
 RecipeArg = Annotated[
     str, typer.Argument(help="A recipe file, or the name of one in deployments/recipes.")
@@ -60,6 +63,7 @@ UntilOption = Annotated[str, typer.Option(metavar="STAGE", help="End after this 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 console = Console(stderr=True)
+app.command()(swap)
 
 
 @app.command()

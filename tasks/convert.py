@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import BuildContext
-from vlmcore.errors import ProofError
+from vlmcore.errors import ProofError, VlmflowError
 from vlmcore.recipe.schema import Convert, Export
 
 PRECISION = "precision.json"
@@ -23,28 +27,33 @@ def to_mcore(run: Run, name: str, convert: Convert, *, model: Ref) -> Ref:
         from vlmcore.weights.convert import to_mcore as convert_weights
 
         assert model is not None
-        report = convert_weights(model.path, context.path)
-        figures = {key: report[key] for key in FIGURES}
+        work = context.scratch / "model"  # a killed build goes on there
+        if not work.exists():
+            convert_weights(model.path, work, on_progress=_in_gigabytes(run, name))
+        figures = _figures(work)
         if convert.check:
-            rows = run_precision_test(
-                model.path,
-                context.path,
-                layouts=convert.tensor_model_parallel_size,
-                tolerance=convert.tolerance,
-                log_path=run.log_path(name),
-                out=context.path / PRECISION,
-            )
-            figures["max_logit_diff"] = _judge(name, rows)
+            with _proving(work):
+                rows = run_precision_test(
+                    model.path,
+                    work,
+                    layouts=convert.tensor_model_parallel_size,
+                    tolerance=convert.tolerance,
+                    log_path=run.log_path(name),
+                    out=work / PRECISION,
+                )
+                figures["max_logit_diff"] = _judge(name, rows)
+        work.rename(context.path)
         return figures
 
     return run.stage(
         name,
         build,
         kind="to_mcore",
-        version=2,
+        version=3,
         params=convert.content_params(),
         inputs={"model": model},
-        volatile=("checkpoint/.metadata", PRECISION),
+        volatile=(PRECISION,),
+        resumable=True,
     )
 
 
@@ -52,40 +61,75 @@ def export(run: Run, name: str, export: Export, *, trained: Ref) -> Ref:
     """An HF model folder of a Megatron one; reloaded, it gives the trained model's logits."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
-        import torch
-
         from vlmcore.training.launch import run_precision_test
         from vlmcore.weights.architecture import check_against_architecture
         from vlmcore.weights.convert import to_hf
 
         assert trained is not None
-        report = to_hf(
-            trained.path,
-            context.path,
-            dtype=getattr(torch, export.dtype),
-            max_shard_size=export.max_shard_size,
-        )
-        check_against_architecture(context.path)
-        rows = run_precision_test(
-            context.path,
-            trained.path,
-            layouts=[1],
-            tolerance=FP32_TOLERANCE,
-            log_path=run.log_path(name),
-            out=context.path / PRECISION,
-            round_to=export.dtype,
-        )
-        return {key: report[key] for key in FIGURES} | {"max_logit_diff": _judge(name, rows)}
+        work = context.scratch / "model"  # a killed build goes on there
+        if not work.exists():
+            to_hf(
+                trained.path,
+                work,
+                dtype=export.dtype,
+                max_shard_size=export.max_shard_size,
+                on_progress=_in_gigabytes(run, name),
+            )
+        with _proving(work):
+            check_against_architecture(work)
+            rows = run_precision_test(
+                work,
+                trained.path,
+                layouts=[1],
+                tolerance=FP32_TOLERANCE,
+                log_path=run.log_path(name),
+                out=work / PRECISION,
+                round_to=export.dtype,
+            )
+            figures = _figures(work) | {"max_logit_diff": _judge(name, rows)}
+        work.rename(context.path)
+        return figures
 
     return run.stage(
         name,
         build,
         kind="export",
-        version=2,
+        version=3,
         params=export.content_params(),
         inputs={"trained": trained},
         volatile=(PRECISION,),
+        resumable=True,
     )
+
+
+@contextmanager
+def _proving(work: Path) -> Iterator[None]:
+    """Sets aside what a proof fails, so that the next build starts anew rather than go on there."""
+    try:
+        yield
+    except VlmflowError:
+        failed = work.with_name("failed")
+        shutil.rmtree(failed, ignore_errors=True)
+        work.rename(failed)
+        raise
+
+
+def _figures(work: Path) -> dict[str, Any]:
+    report = json.loads((work / "conversion.json").read_text())
+    return {key: report[key] for key in FIGURES}
+
+
+def _in_gigabytes(run: Run, stage: str) -> Callable[[int, int], None]:
+    """Reports progress, ten times on the way; a model below a gigabyte is done in no time."""
+    told = -1
+
+    def hear(done: int, total: int) -> None:
+        nonlocal told
+        if total > 10**9 and done * 10 // total > told:
+            told = done * 10 // total
+            run.progress(stage, done / 1e9, total / 1e9, "GB")
+
+    return hear
 
 
 def _judge(stage: str, rows: list[dict[str, Any]]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,27 +26,21 @@ def donor(run: Run, role: str, name: str, *, seed: int) -> Ref:
     )
 
 
-def swap(run: Run, *, vlm: Ref, llm: Ref, seed: int) -> Ref:
-    """The shell of `vlm` with the language model of `llm`, and its proof."""
+def swap(run: Run, *, vlm: Ref, llm: Ref, seed: int, shell: str = "auto") -> Ref:
+    """The shell of `vlm`, or the one asked for, with the language model of `llm`; its proof."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
-        from transformers.utils.logging import disable_progress_bar
-
-        from vlmcore.surgery.proof import prove_swap
-        from vlmcore.surgery.swap import swap_llm
+        from vlmcore.surgery.proof import swap_with_proof
 
         assert vlm is not None and llm is not None
-        disable_progress_bar()  # one bar a donor says nothing beside our own
-        ledger = swap_llm(vlm.path, llm.path, context.path, seed=seed)
-        proof = prove_swap(context.path, vlm.path, llm.path, ledger)
-        (context.path / "proof.json").write_text(json.dumps(proof, indent=1) + "\n")
+        proof = swap_with_proof(vlm.path, llm.path, context.path, seed=seed, shell=shell)
         return {key: proof[key] for key in ("text_logits_max_diff", "vision_max_diff")}
 
     return run.stage(
         "swap",
         build,
         kind="swap",
-        version=2,
-        params={"seed": seed},
+        version=3,
+        params={"seed": seed, "shell": shell},
         inputs={"vlm": vlm, "llm": llm},
     )

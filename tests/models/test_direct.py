@@ -11,12 +11,13 @@ from vlmcore.training.launch import launch
 from vlmcore.weights.convert import to_mcore
 from vlmcore.weights.global_tensors import HFGlobalTensors, overlap
 
+FOUR_LAYERS = {"num_hidden_layers": 4}  # divisible over two stages
 CASES = {
     "dense at TP 2, padded vocabulary": ("qwen3", {}, {"tensor_model_parallel_size": 2}),
-    "tied over PP 2": ("qwen2", {"tied": True}, {"pipeline_model_parallel_size": 2}),
+    "tied over PP 2": ("qwen2", {"tied": True, **FOUR_LAYERS}, {"pipeline_model_parallel_size": 2}),
     "experts at EP 2": ("qwen3_moe", {}, {"expert_model_parallel_size": 2}),
     "fused experts cut at ETP 2": ("qwen3_vl_moe", {}, {"expert_tensor_parallel_size": 2}),
-    "vision at PP 2": ("qwen2_5_vl", {}, {"pipeline_model_parallel_size": 2}),
+    "vision at PP 2": ("qwen2_5_vl", FOUR_LAYERS, {"pipeline_model_parallel_size": 2}),
     "replicas": ("qwen3_vl", {}, {}),
 }
 

@@ -88,6 +88,8 @@ class Family:
             names than transformers does in memory; the first that matches decides.
         input_first_experts: True where published checkpoints hold fused experts input dimension
             first.
+        vllm_model_impl: What vLLM's `--model-impl` has to be where its own class would build
+            another model; None: its own class is right.
     """
 
     model_type: str
@@ -98,6 +100,7 @@ class Family:
     vision: Vision | None = None
     disk_prefixes: tuple[tuple[str, str], ...] = ()
     input_first_experts: bool = field(default=False)
+    vllm_model_impl: str | None = None
 
     @property
     def text_hf_prefix(self) -> str:

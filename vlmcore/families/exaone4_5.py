@@ -16,4 +16,6 @@ FAMILY = shell_family(
     aligner=(MERGER,),
     decoder=text_decoder,
     vision=qwen_vision(mrope=False),
+    # vLLM 0.32's own class builds EXAONE's text model, whatever text_config names
+    vllm_model_impl="transformers",
 )

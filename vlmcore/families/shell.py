@@ -23,6 +23,7 @@ def shell_family(
     vision: Vision,
     disk_prefixes: Mapping[str, str] | None = None,
     input_first_experts: bool = False,
+    vllm_model_impl: str | None = None,
 ) -> Family:
     """The family of a vision-language model.
 
@@ -35,6 +36,7 @@ def shell_family(
         vision: Tokens and positions.
         disk_prefixes: Prefix on disk → prefix in memory.
         input_first_experts: See `Family`.
+        vllm_model_impl: Likewise.
     """
 
     def rows(config: Config) -> tuple[Row, ...]:
@@ -52,6 +54,7 @@ def shell_family(
         vision=vision,
         disk_prefixes=tuple((disk_prefixes or {}).items()),
         input_first_experts=input_first_experts,
+        vllm_model_impl=vllm_model_impl,
     )
 
 

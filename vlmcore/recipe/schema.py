@@ -79,6 +79,14 @@ class Model(Section):
     llm: Source | None = Field(
         default=None, description="Donor LLM put into the shell, named likewise; left out: no swap."
     )
+    shell: Literal[
+        "auto", "exaone4_5", "internvl", "llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl",
+        "qwen3_vl_moe",
+    ] = Field(
+        default="auto",
+        description="Family of the class that holds the swapped model; auto: the vision donor's "
+        "own. exaone4_5 holds Qwen2.5-VL's tower with any LLM.",
+    )  # fmt: skip
 
 
 class Dataset(Section):

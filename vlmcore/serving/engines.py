@@ -12,6 +12,7 @@ from typing import Literal
 
 from vlmcore import compat
 from vlmcore.errors import MissingExtraError
+from vlmcore.families import FAMILIES, read_config
 from vlmcore.recipe.schema import Serve
 
 log = logging.getLogger(__name__)
@@ -86,13 +87,20 @@ def _vllm_command(model_dir: Path, options: Serve, *, model_name: str, port: int
     cmd += ["--limit-mm-per-prompt", json.dumps(options.limit_mm_per_prompt)]
     if options.enforce_eager:
         cmd.append("--enforce-eager")
-    for name, value in options.extra_args.items():
+    for name, value in {**_needed_args(model_dir), **options.extra_args}.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             cmd.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             cmd += [f"--{flag}", str(value)]
     return cmd
+
+
+def _needed_args(model_dir: Path) -> dict[str, str]:
+    """Without which vLLM would build another model than the checkpoint's."""
+    family = FAMILIES.get(read_config(model_dir).get("model_type", ""))
+    needed = family.vllm_model_impl if family else None
+    return {} if needed is None else {"model_impl": needed}
 
 
 def _transformers_command(model_dir: Path, options: Serve, *, port: int) -> list[str]:

@@ -58,6 +58,26 @@ def fetch_donor(name: str, target: Path, *, seed: int) -> None:
         _download(rest, target)
 
 
+def donor_folder(name: str, scratch: Path, *, seed: int) -> Path:
+    """A donor's folder: a local one as it stands, with or without `path:`; else a copy.
+
+    Args:
+        name: As in a recipe, or a folder.
+        scratch: Where a donor that has to be fetched goes.
+        seed: Of a builtin donor's weights.
+
+    Raises:
+        WeightError: As `fetch_donor`.
+    """
+    if Path(name).is_dir():
+        return _folder(name)
+    scheme, rest = _split(name)
+    if scheme == "path":
+        return _folder(rest)
+    fetch_donor(name, scratch, seed=seed)
+    return scratch
+
+
 def _split(name: str) -> tuple[str, str]:
     scheme, colon, rest = name.partition(":")
     return (scheme, rest) if colon else ("hf", name)

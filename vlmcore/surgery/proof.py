@@ -7,6 +7,7 @@ its files.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from vlmcore.errors import ProofError
 from vlmcore.families import Family, family_of, read_config
 from vlmcore.surgery.merge import SwapLedger
-from vlmcore.surgery.shells import SHELLS, TWIN_TOWERS
+from vlmcore.surgery.shells import AUTO, SHELLS, TWIN_TOWERS
+from vlmcore.surgery.swap import swap_llm
 
 TURNS = [
     {"role": "system", "content": "You answer in one line.\n"},
@@ -27,6 +29,7 @@ TURNS = [
     {"role": "assistant", "content": "42"},
     {"role": "user", "content": "And twice that?"},
 ]
+PROOF = "proof.json"
 QUESTION = "What is shown?"
 _SIZE = (150, 90)  # pixels of the image: no multiple of any patch
 _OF_TEXT = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -103,6 +106,24 @@ def prove_swap(swapped: Path, vlm_dir: Path, llm_dir: Path, ledger: SwapLedger) 
     }
     _judge(figures, expected)
     return {**figures, "ledger": ledger.summary()}
+
+
+def swap_with_proof(
+    vlm_dir: Path, llm_dir: Path, target: Path, *, seed: int, shell: str = AUTO
+) -> dict[str, Any]:
+    """Swaps into `target`, proves it, and gives the proof, which is also written there.
+
+    Raises:
+        WeightError: The donors cannot be joined.
+        ProofError: They were, but the result is not what they are.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one bar a donor says nothing beside our own
+    ledger = swap_llm(vlm_dir, llm_dir, target, seed=seed, shell=shell)
+    proof = prove_swap(target, vlm_dir, llm_dir, ledger)
+    (target / PROOF).write_text(json.dumps(proof, indent=1) + "\n")
+    return proof
 
 
 def _judge(figures: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

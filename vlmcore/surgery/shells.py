@@ -189,10 +189,10 @@ def _alternatives(vlm: Family, llm: Family) -> list[str]:
     found = [
         f"this tower and this LLM in {shell.family.architecture}: "
         + (
-            f"vlmflow swap --vlm … --llm … --out … --shell {shell.model_type} "
-            f"(in a recipe, model.shell: {shell.model_type})"
+            f"vlmflow swap --vlm A --llm B --out C --shell {shell.model_type} "
+            f"(in a recipe: model.shell: {shell.model_type})"
             if vlm.model_type in shell.adopts
-            else "leave --shell (model.shell) out"
+            else "leave --shell (in a recipe: model.shell) out"
         )
         for shell in SHELLS.values()
         if vlm.model_type in shell.vlms + shell.adopts and llm.model_type in shell.llms

@@ -38,11 +38,11 @@ from vlmcore.weights.adapter_plan import (
     read_adapter_config,
     write_adapter_config,
 )
+from vlmcore.weights.convert import CHECKPOINT
 from vlmcore.weights.safetensors_io import SafetensorsFolder, write_sharded
 from vlmcore.weights.torch_dist import BoxReader, read_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
-CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron adapter folder
 PREFIX = "base_model.model."  # peft's, before every key
 
 

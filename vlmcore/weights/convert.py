@@ -8,11 +8,9 @@ an interrupted conversion continue, and a ledger says that nothing was lost. See
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,15 @@ from vlmcore.weights.plan import Plan, Region, build_plan
 from vlmcore.weights.report import close_ledger, conversion_report
 from vlmcore.weights.safetensors_io import INDEX, SafetensorsFolder, TensorInfo, parse_size
 from vlmcore.weights.shards import Shard, plan_shards, shard_index
+from vlmcore.weights.sidecar import (
+    PUBLISHED,
+    SIDECAR,
+    copy_sidecar,
+    leave_quantization_out,
+    published_shapes_of,
+    record_dtype,
+    record_published_shapes,
+)
 from vlmcore.weights.torch_dist import (
     Box,
     GlobalTensor,
@@ -36,14 +43,7 @@ from vlmcore.weights.workers import Listener, move_units
 from vlmcore.weights.workfolder import WorkFolder, require_free, work_folder
 
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
-SIDECAR = "hf"  # config, tokenizer and processor files beside it
 REPORT = "conversion.json"
-PUBLISHED = "published_shapes.json"  # in the sidecar: the HF tensors of its config
-# named one by one: a source may also hold reports and manifests, which tell of another artifact
-SIDE_FILES = (
-    "config.json", "generation_config.json", "*token*.json", "vocab*", "merges*", "*.model",
-    "*processor*.json", "chat_template*", "*.jinja", "LICENSE*", PUBLISHED,
-)  # fmt: skip
 VOCABULARY = (
     "word_embeddings.weight",
     "output_layer.weight",
@@ -106,23 +106,25 @@ def to_mcore(
     files = {f"{CHECKPOINT}/{name}": size for name, size in _sizes(placed.values()).items()}
     with work_folder(target, identity=identity, files=files) as work:
         copy_sidecar(source, work.path / SIDECAR)
-        _leave_quantization_out(work.path / SIDECAR / "config.json")
+        leave_quantization_out(work.path / SIDECAR / "config.json")
 
         def check() -> None:
             from vlmcore.weights.architecture import check_against_architecture
 
             check_against_architecture(source)
-            _record_shapes(work.path / SIDECAR)
+            record_published_shapes(work.path / SIDECAR)
 
         resumed = _move(
             work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
         )
         write_metadata(work.path / CHECKPOINT, {boxes[r]: placed[r] for r in plan.regions})
         scales = {key: info.scale.key for key, info in tensors.items() if info.scale}
-        report = {
-            "keys_read": len(tensors) - len(plan.dropped),
-            "keys_written": len({region.mcore_key for region in plan.regions}),
-        } | _report(work, family, plan, dequantized=scales)
+        report = _report(
+            work, family, plan,
+            keys_read=len(tensors) - len(plan.dropped),
+            keys_written=len({region.mcore_key for region in plan.regions}),
+            dequantized=scales,
+        )  # fmt: skip
         work.publish()
     return report | {"seconds": round(time.perf_counter() - began, 3), "resumed": resumed}
 
@@ -162,7 +164,7 @@ def to_hf(
     config = read_config(source / SIDECAR)
     family = family_of(config)
     stored = read_checkpoint(source / CHECKPOINT)
-    shapes = _published_shapes(source / SIDECAR)
+    shapes = published_shapes_of(source / SIDECAR)
     plan = build_plan(family, config, shapes)
     _check_stored(source / CHECKPOINT, plan, stored)
     kept = {
@@ -198,21 +200,15 @@ def to_hf(
         copy_sidecar(source / SIDECAR, work.path)
         (work.path / PUBLISHED).unlink(missing_ok=True)
         if dtype is not None:
-            _record_dtype(work.path / "config.json", dtype)
-        report = {
-            "keys_read": len({region.mcore_key for region in plan.regions}),
-            "keys_written": len(order),
-        } | _report(work, family, plan, dequantized={})
+            record_dtype(work.path / "config.json", dtype)
+        report = _report(
+            work, family, plan,
+            keys_read=len({region.mcore_key for region in plan.regions}),
+            keys_written=len(order),
+            dequantized={},
+        )  # fmt: skip
         work.publish()
     return report | {"seconds": round(time.perf_counter() - began, 3), "resumed": resumed}
-
-
-def copy_sidecar(source: Path, target: Path) -> None:
-    """Copies what stands beside the weights: config, tokenizer, processor, templates."""
-    target.mkdir(parents=True, exist_ok=True)
-    for pattern in SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            shutil.copyfile(path, target / path.name)
 
 
 def _plan(family: Family, config: Config, tensors: SafetensorsFolder) -> Plan:
@@ -265,7 +261,7 @@ def _boxes(plan: Plan, tensors: SafetensorsFolder, dtype: str | None) -> dict[Re
 def _move(
     work: WorkFolder,
     folder: str,
-    tasks: list[Task],
+    tasks: Sequence[Task],
     check: Callable[[], None],
     *,
     num_processes: int | None,
@@ -283,10 +279,11 @@ def _move(
             raise
 
     try:
-        move_units(
-            work.path / folder, tasks, journal=work.journal, num_processes=num_processes,
-            check=judge, on_progress=on_progress,
-        )  # fmt: skip
+        with work.syncing():
+            move_units(
+                work.path / folder, tasks, journal=work.journal, num_processes=num_processes,
+                check=judge, on_progress=on_progress,
+            )  # fmt: skip
     except WeightError:
         if judged:  # a source that must not be converted is not gone on with
             work.discard()
@@ -296,9 +293,82 @@ def _move(
 
 
 def _report(
-    work: WorkFolder, family: Family, plan: Plan, *, dequantized: Mapping[str, str]
+    work: WorkFolder,
+    family: Family,
+    plan: Plan,
+    *,
+    keys_read: int,
+    keys_written: int,
+    dequantized: Mapping[str, str],
 ) -> dict[str, Any]:
     done = [one for _, one in sorted(work.journal.progress.done.items())]
-    report = conversion_report(family.model_type, plan, done, dequantized=dequantized)
+    counts = {"keys_read": keys_read, "keys_written": keys_written}
+    report = counts | conversion_report(family.model_type, plan, done, dequantized=dequantized)
     (work.path / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _identity(folder: Path, files: list[Path]) -> dict[str, object]:
+    """What a source is: any file of it that changes makes it another one."""
+    config = next(path for path in files if path.name == "config.json")
+    return {
+        "config": hashlib.sha256(config.read_bytes()).hexdigest(),
+        "files": [
+            [path.relative_to(folder).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+            for path in files
+        ],
+    }
+
+
+def _sizes(places: Iterable[Place]) -> dict[str, int]:
+    """File → its size."""
+    sizes: dict[str, int] = {}
+    for place in places:
+        sizes[place.file] = max(sizes.get(place.file, 0), place.start + place.length)
+    return sizes
+
+
+def _places(shards: list[Shard], tensors: Mapping[str, tuple[Shape, str]]) -> dict[str, TensorInfo]:
+    """Where each HF tensor is written."""
+    return {
+        key: TensorInfo(*tensors[key], Path(shard.name), start)
+        for shard in shards
+        for key, start in shard.starts.items()
+    }
+
+
+def _write_headers(folder: Path, shards: list[Shard]) -> None:
+    """Headers and the index; the data is there already."""
+    for shard in shards:
+        with (folder / shard.name).open("r+b") as file:
+            file.write(shard.header)
+    if (index := shard_index(shards)) is not None:
+        (folder / INDEX).write_text(index)
+
+
+def _check_stored(folder: Path, plan: Plan, stored: Mapping[str, GlobalTensor]) -> None:
+    expected = {region.mcore_key: region.global_shape for region in plan.regions}
+    prefixes = tuple(f"{key.split('.', 1)[0]}." for key in expected)
+    found = {key for key in stored if key.startswith(prefixes)}  # no optimizer state
+    faults = [f"{key}: missing from the checkpoint" for key in sorted(set(expected) - found)]
+    faults += [
+        f"{key}: in the checkpoint, but no row maps it" for key in sorted(found - {*expected})
+    ]
+    faults += [
+        f"{key}: shape {stored[key].shape}, expected {expected[key]}"
+        for key in sorted(set(expected) & found)
+        if not _fits(key, stored[key].shape, expected[key])
+    ]
+    faults += [
+        f"{key}: dtype {stored[key].dtype}, expected one of {', '.join(FLOATS)}"
+        for key in sorted(set(expected) & found)
+        if stored[key].dtype not in FLOATS
+    ]
+    if faults:
+        raise WeightError(f"{folder}: {len(faults)} fault(s):\n  " + "\n  ".join(faults))
+
+
+def _fits(key: str, stored: Shape, expected: Shape) -> bool:
+    """Equal, or padded along the vocabulary, which is trimmed."""
+    padded = key.endswith(VOCABULARY) and stored[0] > expected[0] and stored[1:] == expected[1:]
+    return stored == expected or padded

@@ -18,9 +18,9 @@ from vlmcore.families import family_of, read_config
 from vlmcore.weights.adapter_plan import Adapter
 from vlmcore.weights.adapters import AdapterSource
 from vlmcore.weights.architecture import check_against_architecture
-from vlmcore.weights.convert import copy_sidecar
 from vlmcore.weights.plan import Region, build_plan
 from vlmcore.weights.safetensors_io import SafetensorsFolder, parse_size, write_sharded
+from vlmcore.weights.sidecar import copy_sidecar, leave_quantization_out
 
 
 def merge_adapter(
@@ -51,6 +51,7 @@ def merge_adapter(
     write_sharded(partial, tensors, merger.read, max_shard_bytes=parse_size(max_shard_size))
     merger.check_ledger()
     copy_sidecar(base_dir, partial)
+    leave_quantization_out(partial / "config.json")
     partial.rename(target)
     return {"keys_written": len(tensors), "merged": sorted(merger.merged)}
 
@@ -60,11 +61,6 @@ class _Merger:
 
     def __init__(self, base_dir: Path, source: AdapterSource) -> None:
         config = read_config(base_dir)
-        if "quantization_config" in config:
-            raise WeightError(
-                f"{base_dir}: the base is quantized; convert it to-mcore and to-hf first, and "
-                f"merge into the result"
-            )
         check_against_architecture(base_dir)
         family = family_of(config)
         self.tensors = SafetensorsFolder(base_dir)

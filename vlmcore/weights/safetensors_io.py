@@ -292,8 +292,7 @@ def write_sharded(
                 tensor, (shape, dtype) = read(key), tensors[key]
                 if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                     raise WeightError(
-                        f"{key}: got {tuple(tensor.shape)} {tensor.dtype}, "
-                        f"expected {shape} {dtype}"
+                        f"{key}: got {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
                     )
                 file.write(tensor_bytes(tensor))
     if (index := shard_index(shards)) is not None:

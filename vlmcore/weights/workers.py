@@ -249,7 +249,7 @@ class _Worker:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # nothing more is ever sent
     os._exit(1)
 
 

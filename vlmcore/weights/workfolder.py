@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,29 @@ class WorkFolder:
         journal: What has been done in it.
     """
 
-    def __init__(self, path: Path, target: Path, journal: Journal) -> None:
+    def __init__(self, path: Path, target: Path, journal: Journal, files: Iterable[str]) -> None:
         self.path = path
         self.journal = journal
         self._target = target
+        self._files = [path / name for name in files]
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Lets the disk write all the while, so that little is left to wait for at the end."""
+        ended = threading.Event()
+
+        def sync() -> None:
+            while not ended.wait(SYNC_PAUSE_S):
+                for path in self._files:
+                    _sync(path)
+
+        thread = threading.Thread(target=sync, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def discard(self) -> None:
         """Removes it: nothing in it is worth going on from."""
@@ -74,8 +93,7 @@ def work_folder(
             log.warning("%s: left by another conversion; starting anew", path)
         try:
             _make_files(path, files, keep=bool(journal.progress.done))
-            with _syncing([path / name for name in files]):
-                yield WorkFolder(path, target, journal)
+            yield WorkFolder(path, target, journal, files)
         finally:
             journal.close()
     except OSError as error:
@@ -113,25 +131,6 @@ def _make_files(folder: Path, files: Mapping[str, int], *, keep: bool) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("ab") as file:
             file.truncate(size)
-
-
-@contextmanager
-def _syncing(paths: list[Path]) -> Iterator[None]:
-    """Lets the disk write all the while, so that little is left to wait for at the end."""
-    ended = threading.Event()
-
-    def sync() -> None:
-        while not ended.wait(SYNC_PAUSE_S):
-            for path in paths:
-                _sync(path)
-
-    thread = threading.Thread(target=sync, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _sync(path: Path) -> None:
