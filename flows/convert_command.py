@@ -7,9 +7,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -34,11 +33,8 @@ NprocOption = Annotated[
     int | None, typer.Option(min=1, help="Worker processes; default one a core, 8 at most.")
 ]
 DtypeOption = Annotated[
-    str | None,
-    typer.Option(
-        click_type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="Dtype of all tensors; default: as they are stored.",
-    ),
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Dtype of all tensors; default: as they are stored."),
 ]
 CheckOption = Annotated[
     bool,

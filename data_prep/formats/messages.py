@@ -2,22 +2,19 @@
 
 {"messages": [{"role": "user", "content": "<image>What is it?"},
               {"role": "assistant", "content": "A cat."}], "images": ["images/cat.png"]}
+
+A content may also be a list of OpenAI's parts; their media come after those of the row's fields.
 """
 
-from data_prep.conversation import BadRowError, Conversation
+from data_prep.conversation import Conversation
+from data_prep.formats.turns import openai_turn, read_media_fields, read_turns
 
 
 def parse(row: dict) -> Conversation:
-    """Read one row; `images` may be missing or null for text alone.
+    """Read one row; `images`, `videos` and `audios` may be missing or null.
 
     Raises:
-        BadRowError: `bad_row` where a field has another type than the format says.
+        BadRowError: `bad_row` or `bad_content` where a field has another type than it should.
     """
-    messages = row.get("messages")
-    images = row.get("images") or []
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise BadRowError("bad_row", "'messages' is not a list of objects")
-    if not isinstance(images, list) or not all(isinstance(name, str) for name in images):
-        raise BadRowError("bad_row", "'images' is not a list of paths")
-    turns = [{"role": turn.get("role"), "content": turn.get("content")} for turn in messages]
-    return Conversation(messages=turns, images=images)
+    media = read_media_fields(row)
+    return Conversation(read_turns(row.get("messages"), openai_turn, media), media)

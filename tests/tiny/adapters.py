@@ -50,7 +50,7 @@ def save_adapter(base_dir: Path, target: Path, *, seed: int = 0, **config: Any) 
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_" in name:
-                weight.normal_(0.0, 0.3, generator=generator)
+                weight.normal_(0.0, 0.15, generator=generator)
     model.save_pretrained(target)
     return target
 
@@ -65,6 +65,7 @@ def with_adapter(base_dir: Path, adapter_dir: Path) -> Any:
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(adapter_dir))
+    config.inference_mode = False
     model = get_peft_model(hf_model(base_dir), config).eval()
     stored = load_peft_weights(str(adapter_dir))
     result = set_peft_model_state_dict(model, stored)

@@ -126,10 +126,9 @@ def test_an_adapter_in_hub_form_is_the_same_adapter(
     adapter = save_adapter(base, tmp_path / "adapter", **CASES["qwen2_5_vl"])
     tensors = load_file(adapter / WEIGHTS)
     hub = {
-        key.replace("model.language_model.", "model.").replace("model.model.visual", "model.visual"):
-            tensor
+        key.replace("language_model.", "").replace("model.visual", "visual"): tensor
         for key, tensor in tensors.items()
-    }  # fmt: skip
+    }
     assert not hub.keys() & tensors.keys()
     save_file(hub, adapter / WEIGHTS, metadata={"format": "pt"})
     write_peft(PeftAdapter(base, adapter), tmp_path / "out")
@@ -269,7 +268,7 @@ def test_embeddings_and_another_method_are_refused(
     with pytest.raises(WeightError, match=r"model\.embed_tokens: a Embedding"):
         PeftAdapter(base, adapter)
     (adapter / CONFIG).write_text(json.dumps(config | {"target_modules": ["no_proj"]}))
-    with pytest.raises(WeightError, match="no_proj"):
+    with pytest.raises(WeightError, match="No modules were targeted"):
         PeftAdapter(base, adapter)
     (adapter / CONFIG).write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
     with pytest.raises(WeightError, match="expected LORA"):

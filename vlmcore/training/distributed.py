@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def process_group(*, num_threads: int) -> Iterator[None]:
 def model_parallel(layout: Layout, *, seed: int) -> Iterator[None]:
     """Lays the ranks out for Megatron-Core and seeds every generator.
 
+    Models built inside should be out of reach at the end: they hold on to the groups.
+
     Raises:
         TrainError: The ranks do not hold whole replicas of this layout.
     """
@@ -66,14 +69,16 @@ def model_parallel(layout: Layout, *, seed: int) -> Iterator[None]:
     np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    gc.freeze()  # so that the collection below need not look at the libraries' million objects
     try:
         yield
     finally:
-        # Megatron only forgets its groups, whose threads would go on to burn the CPU
-        groups = parallel_state._global_process_group_list[1:]  # the first stands for all ranks
-        parallel_state.destroy_model_parallel()
-        for group in groups:
+        # Megatron only forgets most of its groups: under gloo each leaves threads that wake a
+        # hundred times a second for as long as anything, such as the model, refers to it
+        for group in parallel_state._global_process_group_list[1:]:  # the first: all ranks
             dist.destroy_process_group(group)
+        parallel_state.destroy_model_parallel()
+        gc.collect()
         _end_groups()
 
 

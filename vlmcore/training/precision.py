@@ -24,10 +24,11 @@ warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmcore import megatron_cpu  # noqa: E402
-from vlmcore.families import family_of, read_config  # noqa: E402
+from vlmcore.families import Family, family_of, read_config  # noqa: E402
 from vlmcore.layout import Layout  # noqa: E402
 from vlmcore.models.build import build_model, load_weights  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
@@ -111,22 +112,44 @@ def precision_test(
         TrainError: A layout does not divide the model or the ranks.
     """
     samples = precision_samples(hf_dir)
-    leads = dist.get_rank() == 0
-    reference = _reference(hf_dir, samples) if leads else []
+    reference = _reference(hf_dir, samples) if dist.get_rank() == 0 else None
     results = []
     for layout in layouts:
         with model_parallel(layout, seed=seed):
-            runner = _runner(mcore_dir, layout, round_to=round_to)
-            for i, sample in enumerate(samples):
-                with runner.recorded() as found:
-                    logits_SV = runner.logits(sample)
-                diffs = _diffs(logits_SV, reference[i], sample) if leads else None
-                hidden = None
-                if _told_by_first(diffs is not None and not diffs[0].max_diff <= tolerance):
-                    hidden = runner.hidden(found, sample.input_ids.shape[1])
-                if diffs is not None:
-                    place = hidden and _place(hidden, reference[i], sample, hf_dir, tolerance)
-                    results.append(PrecisionResult(layout, sample.name, *diffs, tolerance, place))
+            results += _at_layout(
+                mcore_dir, layout, samples, reference, tolerance=tolerance, round_to=round_to
+            )
+    return results
+
+
+def _at_layout(
+    mcore_dir: Path,
+    layout: Layout,
+    samples: Sequence[Sample],
+    reference: Sequence[States] | None,
+    *,
+    tolerance: float,
+    round_to: torch.dtype,
+) -> list[PrecisionResult]:
+    """Every sample at one layout; results where the reference is."""
+    config = read_config(mcore_dir / SIDECAR)
+    family = family_of(config)
+    chunks = _loaded(mcore_dir, layout, round_to=round_to)
+    runner = MegatronStates(chunks, layout, num_layers=family.language_model(config).num_layers)
+    results = []
+    for i, sample in enumerate(samples):
+        with runner.recorded() as found:
+            logits_SV = runner.logits(sample)
+        diffs = _diffs(logits_SV, reference[i], sample) if reference else None
+        if _told_by_first(diffs is not None and not diffs[0].max_diff <= tolerance):
+            hidden_SH = runner.hidden(found, sample.input_ids.shape[1])
+        else:
+            hidden_SH = None
+        if reference and diffs:
+            place = None
+            if hidden_SH:
+                place = _divergence(hidden_SH, reference[i], sample, family, tolerance)
+            results.append(PrecisionResult(layout, sample.name, *diffs, tolerance, place))
     return results
 
 
@@ -142,17 +165,14 @@ def _reference(hf_dir: Path, samples: Sequence[Sample]) -> list[States]:
     return [transformers_states(model, decoder, sample) for sample in samples]
 
 
-def _runner(mcore_dir: Path, layout: Layout, *, round_to: torch.dtype) -> MegatronStates:
+def _loaded(mcore_dir: Path, layout: Layout, *, round_to: torch.dtype) -> list[MegatronModule]:
     chunks = build_model(mcore_dir / SIDECAR, layout=layout, parallel_output=False)
     for chunk in chunks:
         chunk.to(megatron_cpu.device()).eval()
     load_weights(chunks, mcore_dir / CHECKPOINT)
-    for chunk in chunks:
-        for weight in chunk.parameters():
-            weight.data = weight.data.to(round_to).float()
-    config = read_config(mcore_dir / SIDECAR)
-    num_layers = family_of(config).language_model(config).num_layers
-    return MegatronStates(chunks, layout, num_layers=num_layers)
+    for weight in (weight for chunk in chunks for weight in chunk.parameters()):
+        weight.data = weight.data.to(round_to).float()
+    return chunks
 
 
 def _told_by_first(value: bool) -> bool:
@@ -180,22 +200,25 @@ def _diff(found_SV: Tensor, expected_SV: Tensor) -> LogitDiff:
     )
 
 
-def _place(
-    hidden_SH: dict[int, Tensor], reference: States, sample: Sample, hf_dir: Path, tolerance: float
+def _divergence(
+    hidden_SH: dict[int, Tensor],
+    reference: States,
+    sample: Sample,
+    family: Family,
+    tolerance: float,
 ) -> str:
     """The first stage of the model past the tolerance.
 
     A token's difference is told in units of its root mean square, which the next norm divides by:
     single tokens of real models are a thousand times larger than the rest.
     """
-    prefix = family_of(read_config(hf_dir)).text_hf_prefix
     before = 0.0
     for index, expected_SH in reference.hidden.items():
         scale_S = expected_SH.pow(2).mean(-1).sqrt().clamp(min=1e-12)
         difference_S = (hidden_SH[index] - expected_SH).abs().amax(-1) / scale_S
         largest = float(difference_S.max())
         if not largest <= tolerance:
-            name = f"{prefix}layers.{index - 1}"
+            name = f"{family.text_hf_prefix}layers.{index - 1}"
             if index == 0:
                 seen = difference_S[sample.is_placeholder]
                 apart = len(seen) and not float(seen.max()) <= tolerance

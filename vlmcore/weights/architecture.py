@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +11,7 @@ import torch
 from vlmcore.errors import WeightError
 from vlmcore.families import Family, LanguageModel, family_of, read_config
 from vlmcore.families.rows import Drop, StackExperts, Tied
-from vlmcore.weights.experts import fused_shapes, per_expert_shapes
-from vlmcore.weights.plan import build_plan
+from vlmcore.weights.experts import experts_layout, fused_shapes, per_expert_shapes
 from vlmcore.weights.safetensors_io import SafetensorsFolder
 
 Shape = tuple[int, ...]
@@ -76,7 +75,6 @@ def check_against_architecture(model_dir: Path) -> None:
     tensors = SafetensorsFolder(model_dir)
     found = {family.memory_key(key): key for key in tensors}
     expected = architecture_shapes(model_dir)
-    experts = _expert_prefixes(family, config, tensors.shapes)
     repeated = {
         row.hf: row.to
         for row in family.rows(config)
@@ -86,6 +84,8 @@ def check_against_architecture(model_dir: Path) -> None:
     def name(key: str) -> str:
         return found.get(key, family.disk_key(key))
 
+    shapes = {key: tensors[stored].shape for key, stored in found.items()}
+    experts, faults = _expert_faults(family, config, shapes, name)
     dropped = re.compile(
         "|".join(
             re.escape(row.hf).replace(r"\{layer\}", r"\d+")
@@ -95,7 +95,9 @@ def check_against_architecture(model_dir: Path) -> None:
     )
     outside = {key for key in found if not (key.startswith(experts) or dropped.fullmatch(key))}
     wanted = {key for key in expected if not key.startswith(experts)}
-    faults = [f"{name(key)}: missing, expected {expected[key]}" for key in sorted(wanted - outside)]
+    faults += [
+        f"{name(key)}: missing, expected {expected[key]}" for key in sorted(wanted - outside)
+    ]
     faults += [
         f"{name(key)}: unexpected, found {tensors[found[key]].shape}"
         for key in sorted(outside - wanted - {*repeated})
@@ -118,18 +120,26 @@ def check_against_architecture(model_dir: Path) -> None:
         )
 
 
-def _expert_prefixes(
-    family: Family, config: Mapping[str, object], shapes: Mapping[str, Shape]
-) -> tuple[str, ...]:
-    """Prefixes of the experts' keys in memory, whose several layouts the weight plan checks.
-
-    Raises:
-        WeightError: The plan does not close.
-    """
+def _expert_faults(
+    family: Family,
+    config: Mapping[str, object],
+    shapes: Mapping[str, Shape],
+    name: Callable[[str], str],
+) -> tuple[tuple[str, ...], list[str]]:
+    """Prefixes of the experts' keys in memory, and what is wrong below them in any layout."""
+    model = family.language_model(config)
     stacks = [row.hf for row in family.rows(config) if isinstance(row, StackExperts)]
-    if not stacks:
-        return ()
-    plan = build_plan(family, config, shapes)
-    return tuple(
-        stack.replace("{layer}", str(layer)) for stack in stacks for layer in range(plan.num_layers)
+    prefixes = tuple(
+        stack.replace("{layer}", str(layer))
+        for stack in stacks
+        for layer in range(model.num_layers)
     )
+    faults: list[str] = []
+    for prefix in prefixes:
+        assert model.moe is not None
+        below = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+        layout = experts_layout(
+            prefix, below, moe=model.moe, hidden_size=model.hidden_size, name=name
+        )
+        faults += layout.faults
+    return prefixes, faults

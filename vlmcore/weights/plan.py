@@ -68,6 +68,11 @@ class Region:
         """Whether the box's bytes are those of its one piece."""
         return isinstance(self.transform, Copy)
 
+    @property
+    def label(self) -> str:
+        """The box's name in journals and reports."""
+        return box_label(self.mcore_key, self.offset, self.shape)
+
     def pack(self, *pieces: Array) -> Array:
         """The box [shape] from its pieces."""
         return self.transform.to_mcore(*pieces).reshape(self.shape)
@@ -78,6 +83,12 @@ class Region:
             return (box.reshape(self.hf_shapes[0]),)
         rank = len(self.hf_shapes[0])
         return self.transform.to_hf(box.reshape(self.shape[len(self.shape) - rank :]))
+
+
+def box_label(key: str, offset: Shape, shape: Shape) -> str:
+    """A box of a global tensor by name: `key[0:1,0:20,0:48]`."""
+    ranges = (f"{start}:{start + size}" for start, size in zip(offset, shape, strict=True))
+    return f"{key}[{','.join(ranges)}]"
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,8 @@ from typing import Any
 
 from vlmcore.errors import WeightError
 from vlmcore.weights.journal import Done, Progress
-from vlmcore.weights.plan import Plan, Region
+from vlmcore.weights.plan import Plan
 from vlmcore.weights.units import Task
-
-
-def box_label(region: Region) -> str:
-    """Name of a region's box in journals and reports."""
-    return f"{region.mcore_key}@{','.join(map(str, region.offset))}"
 
 
 def close_ledger(tasks: Sequence[Task], progress: Progress) -> None:
@@ -32,7 +27,7 @@ def close_ledger(tasks: Sequence[Task], progress: Progress) -> None:
     expected: dict[str, int] = {}
     for task in tasks:
         expected |= {key: math.prod(info.shape) for key, info in task.tensors.items()}
-        expected |= {box_label(region): math.prod(region.shape) for region in task.unit.regions}
+        expected |= {region.label: math.prod(region.shape) for region in task.unit.regions}
     times: Counter[str] = Counter()
     for done in progress.done.values():
         for name, (_, elements) in (*done.tensors.items(), *done.boxes.items()):

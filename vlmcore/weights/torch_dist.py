@@ -26,6 +26,7 @@ import numpy as np
 from vlmcore.errors import WeightError
 from vlmcore.weights.archives import ALIGNMENT, archive_ends, open_archive
 from vlmcore.weights.dtypes import Raw, itemsize, raw_type
+from vlmcore.weights.plan import box_label
 
 Shape = tuple[int, ...]
 
@@ -49,7 +50,7 @@ class Box:
     @property
     def label(self) -> str:
         """Its name in journals and reports."""
-        return f"{self.key}@{','.join(map(str, self.offset))}"
+        return box_label(self.key, self.offset, self.shape)
 
 
 @dataclass(frozen=True)
