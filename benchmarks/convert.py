@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--json] [--models NAME …] [--layers N] [--repeats N] [--folder F]
 
-Random weights at real shapes: Qwen2.5-VL-3B, and Qwen3-VL-30B-A3B with 4 layers; 25 GB of disk
-while it runs. Every figure is of a whole command, from its start to its end, on a source that has been
+Random weights at real shapes: Qwen2.5-VL-3B and Qwen3-VL-30B-A3B with 4 layers; 25 GB of disk
+while it runs. Every figure is of a whole command, from its start to its end, on a source that was
 read before; what stands unwritten in the page cache is flushed before each. `cp` leaves its copy in
 the page cache, the conversions end when everything is on the disk.
 

@@ -1,6 +1,13 @@
-"""An image file read once: the bytes that were checked are the bytes that are kept."""
+"""Image bytes checked: the bytes that were checked are the bytes that are kept.
+
+PNG and JPEG are walked through without unpacking pixels: every chunk's checksum of a PNG, every
+segment and the end of a JPEG. Whatever looks the least bit odd there, and every other format, is
+decoded by PIL, which has the last word. A JPEG holds no checksums, so a flipped bit inside its
+pixels is seen by neither.
+"""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -9,8 +16,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from data_prep.conversation import BadRowError
-from data_prep.files import is_inside
+from data_prep.causes import BadRowError
 
 # What is accepted, by its content whatever it is called, and the name it gets in a shard.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -25,38 +31,101 @@ EXTENSIONS = {
 }
 # Qwen-VL's image processors refuse anything longer than this (transformers, `smart_resize`).
 MAX_ASPECT_RATIO = 200
+MAX_PIXELS = 89_478_485  # above it PIL warns of a decompression bomb: 256 MB of RGB
 # What PIL's decoders raise on damaged bytes.
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
     struct.error, zlib.error,
 )  # fmt: skip
 
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; PIL decides about the others
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in pixels: neither stuffing nor restart
+
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image that decodes, as the bytes of its file."""
+    """An image that passed its checks, as the bytes of its file; `path` where it was one."""
 
-    path: Path
+    path: Path | None
     extension: str
     data: bytes
 
 
-def read_image(root: Path, name: str) -> EncodedImage:
-    """Read and check the image `name` of the dataset in `root`.
+def check_image(data: bytes) -> str:
+    """The extension of the format that was found.
 
     Raises:
-        BadRowError: `unsafe_path`, `missing_image`, `absurd_size` or `corrupt_image`.
+        BadRowError: `corrupt_image`, `truncated_image`, `absurd_size` or `decompression_bomb`.
     """
-    if not is_inside(name):
-        raise BadRowError("unsafe_path", f"{name} leads out of the dataset")
-    try:
-        data = (root / name).read_bytes()
-    except OSError as error:
-        raise BadRowError("missing_image", f"{name}: {error.strerror}") from error
-    try:
-        return EncodedImage(path=root / name, extension=_decode(data), data=data)
-    except BadRowError as error:
-        raise BadRowError(error.cause, f"{name}: {error.detail}") from error
+    found = _walk_png(data) or _walk_jpeg(data)
+    if found is None:
+        return _decode(data)
+    extension, size = found
+    _check_size(*size)
+    return extension
+
+
+def _walk_png(data: bytes) -> tuple[str, tuple[int, int]] | None:
+    if not data.startswith(PNG_SIGNATURE + b"\0\0\0\rIHDR") or len(data) < 33:
+        return None
+    width, height, depth, colour, compression, filtering, interlace = struct.unpack_from(
+        ">IIBBBBB", data, 16
+    )
+    if depth not in PNG_DEPTHS.get(colour, ()) or compression or filtering or interlace > 1:
+        return None
+    view, start, kinds = memoryview(data), 8, set()
+    while start + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, start)
+        end = start + 12 + length
+        if end > len(data):
+            return None
+        (crc,) = struct.unpack_from(">I", data, end - 4)
+        if zlib.crc32(view[start + 4 : end - 4]) != crc:
+            return None
+        kinds.add(data[start + 4 : start + 8])
+        start = end
+    whole = start == len(data) and data.endswith(b"IEND\xaeB`\x82") and b"IDAT" in kinds
+    if not whole or (colour == 3 and b"PLTE" not in kinds):
+        return None
+    return "png", (width, height)
+
+
+def _walk_jpeg(data: bytes) -> tuple[str, tuple[int, int]] | None:
+    if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
+        return None
+    start, size, scanned = 2, None, False
+    while start + 4 <= len(data) and data[start] == 0xFF:
+        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
+        segment = data[start + 4 : start + 2 + length]
+        if length < 2 or len(segment) != length - 2:
+            return None
+        start += 2 + length
+        if marker in JPEG_FRAMES:
+            if size is not None or length not in (11, 17) or segment[0] != 8:
+                return None
+            height, width = struct.unpack_from(">HH", segment, 1)
+            size = (width, height)
+        elif marker == 0xC4 and not _is_huffman(segment):
+            return None
+        elif marker == 0xDA:
+            found = JPEG_MARKER.search(data, start)
+            assert found is not None, "the end marker is there"
+            start, scanned = found.start(), True
+            if start == len(data) - 2:
+                return ("jpg", size) if size and scanned else None
+        elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not 0xE0 <= marker <= 0xEF:
+            return None
+    return None
+
+
+def _is_huffman(segment: bytes) -> bool:
+    """Whether the tables of a DHT segment fill it exactly."""
+    start = 0
+    while start + 17 <= len(segment):
+        start += 17 + sum(segment[start + 1 : start + 17])
+    return start == len(segment)
 
 
 def _decode(data: bytes) -> str:
@@ -70,15 +139,19 @@ def _decode(data: bytes) -> str:
             image.verify()  # checksums, which load() skips; the image cannot be used afterwards
             Image.open(io.BytesIO(data), formats=FORMATS).load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadRowError("absurd_size", str(error)) from error
+        raise BadRowError("decompression_bomb", str(error)) from error
     except UnidentifiedImageError as error:  # its text holds an address: it differs between runs
         raise BadRowError("corrupt_image", f"none of {', '.join(FORMATS)}") from error
     except DECODE_ERRORS as error:
-        raise BadRowError("corrupt_image", f"{type(error).__name__}: {error}") from error
+        text = str(error)
+        cause = "truncated_image" if "truncated" in text.lower() else "corrupt_image"
+        raise BadRowError(cause, f"{type(error).__name__}: {text}") from error
     return extension
 
 
 def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadRowError("decompression_bomb", f"{width} x {height} pixels")
     shorter, longer = sorted((width, height))
     if longer > MAX_ASPECT_RATIO * shorter:
         raise BadRowError("absurd_size", f"{width} x {height} pixels")

@@ -1,121 +1,111 @@
-"""Rows of a JSONL file, each read into a sample fit to train on, or counted with its cause."""
+"""Rows of a table, each read into a sample fit to train on, or into the cause why it is not."""
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from data_prep.conversation import BadRowError, Conversation, check_conversation
-from data_prep.images import EncodedImage, read_image
+from data_prep.causes import BadRowError
+from data_prep.conversation import MAX_CHARS, TAGS, check_conversation
+from data_prep.formats import RowFormat
+from data_prep.images import EncodedImage, check_image
+from data_prep.media import describe_media, read_media
+from data_prep.rows import RowRange, read_rows
 
-MAX_EXAMPLES = 3  # of each cause, kept in reports and messages
+CHECKS: dict[str, str] = {"videos": "check_video", "audios": "check_audio"}
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How rows become samples.
+
+    Attributes:
+        root: the dataset's folder; paths of media are relative to it or to the table's.
+        media_dir: a folder in it that paths are relative to instead.
+        group_column: column whose value says which samples belong together in a split.
+    """
+
+    root: Path
+    format: RowFormat = field(default_factory=RowFormat)
+    media_dir: str = ""
+    max_chars: int = MAX_CHARS
+    group_column: str | None = None
 
 
 @dataclass(frozen=True)
 class RawSample:
     """A conversation that passed every check.
 
-    `key` is `{split}-{line number}`: unique without trusting the ids of the source, free of the
+    `key` is `{split}-{row number}`: unique without trusting the ids of the source, free of the
     dots and slashes that a shard cannot hold, and it leads back to the row.
     """
 
     key: str
     messages: list[dict]
     images: list[EncodedImage]
-
-
-@dataclass
-class Dropped:
-    """How many rows there were, and what became of those that could not be used."""
-
-    num_rows: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, where: str, error: BadRowError) -> None:
-        """Count a bad row; the first few of each cause are remembered."""
-        self.counts[error.cause] += 1
-        examples = self.examples.setdefault(error.cause, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(f"{where} {error.detail}")
-
-    def merge(self, later: "Dropped") -> None:
-        """Add the rows that come after the ones counted here."""
-        self.num_rows += later.num_rows
-        self.counts.update(later.counts)
-        for cause, examples in later.examples.items():
-            mine = self.examples.setdefault(cause, [])
-            mine.extend(examples[: MAX_EXAMPLES - len(mine)])
-
-    @property
-    def ratio(self) -> float:
-        """Bad rows over all rows."""
-        return self.counts.total() / max(1, self.num_rows)
-
-    def describe(self) -> str:
-        """The causes, worst first, with examples."""
-        return "\n".join(
-            f"  {count} x {cause}, as {'; '.join(self.examples[cause])}"
-            for cause, count in self.counts.most_common()
-        )
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """Some consecutive lines of a split's JSONL file, found again by byte offset."""
-
-    table: Path
-    offset: int
-    first_line: int  # counted from 1, as editors do
-    num_lines: int
-
-
-def row_ranges(table: Path, *, max_rows: int) -> Iterator[RowRange]:
-    """Cut a JSONL file into ranges of at most `max_rows` lines, without holding them."""
-    first_line = 1
-    with table.open("rb") as file:
-        while True:
-            offset = file.tell()
-            num_lines = sum(1 for _ in islice(iter(file.readline, b""), max_rows))
-            if num_lines == 0:
-                return
-            yield RowRange(table, offset=offset, first_line=first_line, num_lines=num_lines)
-            first_line += num_lines
+    videos: list[EncodedImage] = field(default_factory=list)
+    audios: list[EncodedImage] = field(default_factory=list)
+    rejected: list[dict] | None = None
+    group: str | None = None
 
 
 def read_samples(
-    rows: RowRange, *, parse: Callable[[dict], Conversation], dropped: Dropped
-) -> Iterator[RawSample]:
-    """Yield the usable samples in order; the others, and the number of rows, go to `dropped`.
-
-    Images are looked for beside the JSONL file. Blank lines are no rows.
-    """
-    with rows.table.open("rb") as file:
-        file.seek(rows.offset)
-        for line_number in range(rows.first_line, rows.first_line + rows.num_lines):
-            line = file.readline()
-            if not line.strip():
-                continue
-            dropped.num_rows += 1
-            try:
-                messages, images = _read_row(line, root=rows.table.parent, parse=parse)
-            except BadRowError as error:
-                dropped.add(f"{rows.table.name}:{line_number}", error)
-            else:
-                yield RawSample(f"{rows.table.stem}-{line_number:06d}", messages, images)
+    rows: RowRange, reader: RowReader
+) -> Iterator[tuple[int, RawSample | BadRowError]]:
+    """Each row's number, and its sample or why there is none."""
+    roots = [reader.root / reader.media_dir]
+    if not reader.media_dir and rows.table.parent != reader.root:
+        roots.append(rows.table.parent)
+    for number, row in read_rows(rows):
+        if isinstance(row, BadRowError):
+            yield number, row
+            continue
+        try:
+            sample = _read_row(row, reader, roots=roots, key=f"{rows.key_prefix}-{number:06d}")
+        except BadRowError as error:
+            yield number, error
+        else:
+            yield number, sample
 
 
-def _read_row(
-    line: bytes, *, root: Path, parse: Callable[[dict], Conversation]
-) -> tuple[list[dict], list[EncodedImage]]:
+def _read_row(row: dict, reader: RowReader, *, roots: list[Path], key: str) -> RawSample:
+    conversation = reader.format.parse(row)
+    check_conversation(conversation, max_chars=reader.max_chars)
+    media = {
+        kind: [_read_medium(source, kind, roots) for source in conversation.media.get(kind, [])]
+        for kind in TAGS
+    }
+    return RawSample(
+        key,
+        conversation.messages,
+        rejected=conversation.rejected,
+        group=_group(row, reader.group_column),
+        **media,
+    )
+
+
+def _read_medium(source: str | bytes, kind: str, roots: list[Path]) -> EncodedImage:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: also bytes that are not UTF-8
-        raise BadRowError("bad_json", str(error)) from error
-    if not isinstance(row, dict):
-        raise BadRowError("bad_row", f"a {type(row).__name__}, not an object")
-    conversation = parse(row)
-    check_conversation(conversation)
-    return conversation.messages, [read_image(root, name) for name in conversation.images]
+        data, path = read_media(source, roots=roots)
+        return EncodedImage(path=path, extension=_checker(kind)(data), data=data)
+    except BadRowError as error:
+        cause = error.cause
+        if cause == "missing_image" and kind != "images":
+            cause = "missing_media"
+        raise BadRowError(cause, f"{describe_media(source)}: {error.detail}") from error
+
+
+def _checker(kind: str) -> Callable[[bytes], str]:
+    if kind == "images":
+        return check_image
+    from data_prep import video  # numpy and, later, OpenCV: only for data that holds videos
+
+    return getattr(video, CHECKS[kind])
+
+
+def _group(row: dict[str, Any], column: str | None) -> str | None:
+    if column is None:
+        return None
+    if row.get(column) is None:
+        raise BadRowError("bad_row", f"no column {column} to group by")
+    return str(row[column])

@@ -121,13 +121,14 @@ def _progress(name: str) -> Iterator[Any]:
 def _precision(
     hf_dir: Path, mcore_dir: Path, *, layouts: Sequence[int], out: Path, dtype: str | None
 ) -> list[dict[str, Any]]:
+    from vlmcore.layout import Layout
     from vlmcore.training.launch import run_precision_test
 
     with console.status("comparing logits …"):
         return run_precision_test(
             hf_dir,
             mcore_dir,
-            layouts=list(layouts),
+            layouts=[Layout(tensor_model_parallel_size=size) for size in layouts],
             tolerance=TOLERANCE,
             log_path=out.with_name(f"{out.name}.precision.log"),
             out=out / "precision.json",
@@ -155,8 +156,9 @@ def _finish(report: dict[str, Any], target: Path, *, json_: bool) -> None:
     for row in rows:
         verdict = "[green]passed[/]" if row["passed"] else "[bold red]failed[/]"
         console.print(
-            f"{verdict}  tensor parallel {row['tensor_model_parallel_size']}, {row['sample']}: "
-            f"largest logit difference {row['max_diff']:.3g}, tolerance {row['tolerance']:.3g}",
+            f"{verdict}  {row['layout']}, {row['sample']}: largest logit difference "
+            f"{row['max_diff']:.3g}, tolerance {row['tolerance']:.3g}"
+            + (f"; first apart at {row['diverges_at']}" if row["diverges_at"] else ""),
             highlight=False,
         )
     if not all(row["passed"] for row in rows):

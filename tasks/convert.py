@@ -12,6 +12,7 @@ from typing import Any
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import BuildContext
 from vlmcore.errors import ProofError, VlmflowError
+from vlmcore.layout import Layout
 from vlmcore.recipe.schema import Convert, Export
 
 PRECISION = "precision.json"
@@ -36,7 +37,7 @@ def to_mcore(run: Run, name: str, convert: Convert, *, model: Ref) -> Ref:
                 rows = run_precision_test(
                     model.path,
                     work,
-                    layouts=convert.tensor_model_parallel_size,
+                    layouts=convert.layouts,
                     tolerance=convert.tolerance,
                     log_path=run.log_path(name),
                     out=work / PRECISION,
@@ -80,7 +81,7 @@ def export(run: Run, name: str, export: Export, *, trained: Ref) -> Ref:
             rows = run_precision_test(
                 work,
                 trained.path,
-                layouts=[1],
+                layouts=[Layout()],
                 tolerance=FP32_TOLERANCE,
                 log_path=run.log_path(name),
                 out=work / PRECISION,
@@ -139,9 +140,9 @@ def _judge(stage: str, rows: list[dict[str, Any]]) -> float:
         ProofError: A sample is past its tolerance.
     """
     failed = [
-        f"{row['sample']} at tensor parallel {row['tensor_model_parallel_size']}: largest logit "
-        f"difference {row['max_diff']:.3g}, tolerance {row['tolerance']:.3g}, top-1 agreement "
-        f"{row['top1_agreement']:.1%}"
+        f"{row['sample']} at {row['layout']}: largest logit difference {row['max_diff']:.3g}, "
+        f"tolerance {row['tolerance']:.3g}, top-1 agreement {row['top1_agreement']:.1%}; first "
+        f"apart at {row['diverges_at']}"
         for row in rows
         if not row["passed"]
     ]

@@ -183,7 +183,7 @@ def test_configs_of_transformers_4_are_read(
     assert config["text_config"]["rope_parameters"] == {
         "rope_type": "default",
         "rope_theta": 50_000.0,
-        "mrope_section": [1, 2, 2],  # of 5 pairs; the shell's 8 are [2, 3, 3]
+        "mrope_section": [3, 1, 1],  # of 5 pairs; the shell's 8 are [2, 3, 3]
     }
     assert "rope_theta" not in config and "hidden_size" not in config
 

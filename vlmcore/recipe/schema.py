@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from vlmcore.layout import Layout
 from vlmcore.recipe.gates import parse_gate
 
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -128,6 +129,32 @@ class Convert(Section):
     tensor_model_parallel_size: tuple[int, ...] = Field(
         default=(1, 2), min_length=1, description="Tensor parallel sizes that the test runs at."
     )
+    pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, description="Pipeline stages of the test, at each tensor parallel size."
+    )
+    virtual_pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, description="Model chunks that each pipeline stage holds in the test."
+    )
+    expert_model_parallel_size: int = Field(
+        default=1, gt=0, description="Parts that the test deals a layer's experts into."
+    )
+    expert_tensor_parallel_size: int = Field(
+        default=1, gt=0, description="Parts that the test cuts each expert into."
+    )
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Where the test runs."""
+        return tuple(
+            Layout(
+                tensor_model_parallel_size=size,
+                pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+                expert_model_parallel_size=self.expert_model_parallel_size,
+                expert_tensor_parallel_size=self.expert_tensor_parallel_size,
+            )
+            for size in self.tensor_model_parallel_size
+        )
 
     @model_validator(mode="before")
     @classmethod

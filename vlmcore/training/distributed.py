@@ -73,19 +73,17 @@ def model_parallel(layout: Layout, *, seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        # Megatron only forgets most of its groups: under gloo each leaves threads that wake a
-        # hundred times a second for as long as anything, such as the model, refers to it
-        for group in parallel_state._global_process_group_list[1:]:  # the first: all ranks
-            dist.destroy_process_group(group)
+        _end_groups()
         parallel_state.destroy_model_parallel()
         gc.collect()
-        _end_groups()
+        gc.unfreeze()
 
 
 def _end_groups() -> None:
-    """Ends the groups of the layout, which Megatron only forgets (megatron-core 0.16).
+    """Ends every group but that of all ranks; Megatron-Core 0.16 forgets most of its own.
 
-    Each gloo group keeps threads that poll: after a hundred layouts nothing else would run.
+    Under gloo a group keeps threads that wake a hundred times a second, for as long as anything,
+    such as a model, refers to it: after a hundred layouts nothing else would run.
     """
     from torch.distributed import distributed_c10d
 

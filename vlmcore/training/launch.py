@@ -6,11 +6,13 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vlmcore import compat, proc
 from vlmcore.errors import ProcessError, TrainError
+from vlmcore.layout import Layout, ranks_for
 from vlmcore.training.progress import parse_error, parse_progress
 
 Progress = Callable[[dict[str, Any]], None]
@@ -82,22 +84,40 @@ def run_precision_test(
     hf_dir: Path,
     mcore_dir: Path,
     *,
-    layouts: Sequence[int],
+    layouts: Sequence[Layout],
     tolerance: float,
     log_path: Path,
     out: Path,
     round_to: str = "float32",
 ) -> list[dict[str, Any]]:
-    """Runs the precision test in its own processes; gives its rows, which `out` holds too."""
+    """Runs the precision test on as many ranks as its layouts need.
+
+    Args:
+        hf_dir: HF model folder.
+        mcore_dir: Megatron model folder.
+        layouts: Where to compare, such as `[Layout(), Layout(tensor_model_parallel_size=2)]`.
+        tolerance: Largest absolute logit difference that passes.
+        log_path: Gets the ranks' output.
+        out: JSON file that gets the rows.
+        round_to: Dtype that the HF folder's weights were saved in.
+
+    Returns:
+        A row per layout and sample, see `vlmcore.training.precision.PrecisionResult.row`; judging
+        them is the caller's.
+
+    Raises:
+        TrainError: A layout does not divide the model.
+        ProcessError: A rank died.
+    """
     arguments = [
         "--hf", str(hf_dir), "--mcore", str(mcore_dir), "--out", str(out),
         "--tolerance", str(tolerance), "--round-to", round_to,
-        "--tp", *(str(size) for size in layouts),
+        "--layouts", json.dumps([asdict(layout) for layout in layouts]),
     ]  # fmt: skip
     launch(
         "vlmcore.training.precision",
         arguments,
-        nproc_per_node=max(layouts),
+        nproc_per_node=ranks_for(layouts),
         log_path=log_path,
     )
     rows: list[dict[str, Any]] = json.loads(out.read_text())

@@ -74,8 +74,9 @@ class PrecisionResult:
         return self.all_tokens.max_diff <= self.tolerance
 
     def row(self) -> dict[str, Any]:
-        """Everything as JSON values, layout and figures over all tokens at the top."""
+        """JSON values; the layout's sizes and the figures over all tokens stand at the top."""
         return {
+            "layout": str(self.layout),
             **asdict(self.layout),
             "sample": self.sample,
             **asdict(self.all_tokens),

@@ -182,7 +182,7 @@ class Mover:
                 self._write(info.file, info.start + first * itemsize(target), data)
             if shared:
                 digests[region.sources[0].key] = own
-            boxes[f"{region.mcore_key}@{','.join(map(str, region.offset))}"] = own.result
+            boxes[region.label] = own.result
         tensors = {key: digest.result for key, digest in digests.items()}
         return Done(task.number, tensors, boxes, task.size_bytes)
 

@@ -1,0 +1,96 @@
+"""Tar files of samples, written and read as webdataset does: USTAR, no times, no owners."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+Member = tuple[str, bytes]  # name in the tar, content
+
+_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)
+_MAX_SIZE = 8**11  # what 11 octal digits cannot hold
+END = bytes(2 * tarfile.BLOCKSIZE)
+
+
+def tar_size(num_bytes: int) -> int:
+    """Bytes that a member of so many bytes takes up."""
+    blocks = -(-num_bytes // tarfile.BLOCKSIZE)
+    return (1 + blocks) * tarfile.BLOCKSIZE
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """The header block that `tarfile` writes for a member; here it takes a tenth of its time."""
+    raw = name.encode()
+    if len(raw) > 100 or size >= _MAX_SIZE:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
+    header = bytearray(_template())
+    header[_NAME] = raw.ljust(100, b"\0")
+    header[_SIZE] = b"%011o\0" % size
+    header[_SUM] = b" " * 8
+    header[_SUM] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def padding(num_bytes: int) -> bytes:
+    """Zeros up to the end of a member's last block."""
+    return bytes(-num_bytes % tarfile.BLOCKSIZE)
+
+
+def tar_end(num_bytes: int) -> bytes:
+    """What closes a tar of so many bytes: two empty blocks, and zeros up to a whole record."""
+    return END + bytes(-(num_bytes + len(END)) % tarfile.RECORDSIZE)
+
+
+def read_tar_samples(path: Path, *, offset: int = 0) -> Iterator[tuple[int, str, dict[str, bytes]]]:
+    """Consecutive members of one key, in order: byte offset of the first, key, name → content.
+
+    The key is what stands before the first dot of a member's base name. Members that are no files,
+    or whose names begin with a dot, are passed over.
+
+    Raises:
+        tarfile.TarError: the tar is damaged from there on.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for key, group in groupby(_members(tar), key=lambda member: _key(member.name)):
+                members = {}
+                for member in group:
+                    if not members:
+                        first = member.offset
+                    opened = tar.extractfile(member)
+                    assert opened is not None, "regular files open"
+                    members[member.name[len(key) + 1 :]] = opened.read()
+                    tar.members = []  # tarfile would keep every header for ever
+                yield first, key, members
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        base = member.name.rpartition("/")[2]
+        if member.isreg() and "." in base.lstrip(".") and not base.startswith("."):
+            yield member
+
+
+def _key(name: str) -> str:
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+@cache
+def _template() -> bytes:
+    return tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+
+
+def members_bytes(members: list[Member]) -> io.BytesIO:
+    """Members as they stand in a tar, one behind the other."""
+    out = io.BytesIO()
+    for name, data in members:
+        out.write(tar_header(name, len(data)))
+        out.write(data)
+        out.write(padding(len(data)))
+    return out
