@@ -2,21 +2,24 @@
 
 import json
 import logging
-import sys
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from data_prep.conversation import IMAGE_TAG, BadRowError
+from data_prep.causes import BadRowError, Dropped
+from data_prep.conversation import IMAGE_TAG
 from data_prep.files import link_or_copy
-from data_prep.formats import find_format
-from data_prep.samples import Dropped, RawSample, read_samples, row_ranges
+from data_prep.rows import row_ranges
+from data_prep.samples import RawSample, RowReader, read_samples
+from data_prep.tables import find_tables
 from vlmcore.errors import DataError
 
 log = logging.getLogger(__name__)
 
 RECORDS_NAME = "holdout.jsonl"
+MAX_ROWS = 10_000  # looked for at once
 
 
 @dataclass
@@ -33,7 +36,8 @@ def write_holdout(
     *,
     split: str = "test",
     limit: int | None = None,
-    data_format: str = "messages",
+    reader: RowReader | None = None,
+    tables: dict[str, list[Path]] | None = None,
 ) -> HoldoutReport:
     """Write `holdout.jsonl`, rows of {id, image, question, answer}, and `images/`.
 
@@ -42,48 +46,59 @@ def write_holdout(
 
     Args:
         limit: stop after this many records; None takes all.
+        reader: how rows are read; None: the `messages` format, images beside the tables.
+        tables: split → files of rows; None: those that `raw_dir` holds.
 
     Raises:
         DataError: the split is missing or has no such row.
     """
-    table = raw_dir / f"{split}.jsonl"
-    if not table.is_file():
-        raise DataError(f"{table} is missing: a holdout needs the dataset's {split} split.")
+    files = (tables or find_tables(raw_dir)).get(split)
+    if not files:
+        raise DataError(f"{raw_dir} has no {split} split: a holdout needs one.")
     (dest / "images").mkdir(parents=True, exist_ok=True)
     dropped = Dropped()
     report = HoldoutReport()
     with (dest / RECORDS_NAME).open("w", encoding="utf-8") as file:
-        for record in islice(_records(table, dest, data_format, dropped), limit):
+        for record in islice(_records(files, dest, reader or RowReader(raw_dir), dropped), limit):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             report.num_records += 1
     report.dropped = dict(sorted(dropped.counts.items()))
     if report.num_records == 0:
         raise DataError(
-            f"{table} has no row that asks one question about one image.\n" + dropped.describe()
+            f"{raw_dir}: {split} has no row that asks one question about one image.\n"
+            + dropped.describe()
         )
     if report.dropped:
-        log.warning("%s: rows left out of the holdout:\n%s", table, dropped.describe())
+        log.warning("%s: rows left out of the holdout:\n%s", raw_dir, dropped.describe())
     return report
 
 
-def _records(table: Path, dest: Path, data_format: str, dropped: Dropped) -> Iterator[dict]:
-    parse = find_format(data_format)
-    for rows in row_ranges(table, max_rows=sys.maxsize):
-        for sample in read_samples(rows, parse=parse, dropped=dropped):
-            try:
-                yield _record(sample, dest)
-            except BadRowError as error:
-                dropped.add(sample.key, error)
+def _records(files: list[Path], dest: Path, reader: RowReader, dropped: Dropped) -> Iterator[dict]:
+    for index, file in enumerate(files):
+        prefix = file.stem if len(files) == 1 else f"{index:03d}-{file.stem}"
+        prefix = re.sub(r"[^A-Za-z0-9_-]", "_", prefix)
+        for rows in row_ranges(file, key_prefix=prefix, max_rows=MAX_ROWS):
+            for number, sample in read_samples(rows, reader):
+                dropped.num_rows += 1
+                try:
+                    if isinstance(sample, BadRowError):
+                        raise sample
+                    yield _record(sample, dest)
+                except BadRowError as error:
+                    dropped.add(f"{file.name}:{number}", error)
 
 
 def _record(sample: RawSample, dest: Path) -> dict:
     roles = [turn["role"] for turn in sample.messages]
-    if roles != ["user", "assistant"] or len(sample.images) != 1:
+    if roles != ["user", "assistant"] or len(sample.images) != 1 or sample.videos:
         raise BadRowError("not_one_question", f"{len(sample.images)} images, roles {roles}")
     (image,) = sample.images
     question, answer = (turn["content"] for turn in sample.messages)
     name = f"images/{sample.key}.{image.extension}"
-    link_or_copy(image.path, dest / name)
+    if image.path is not None:
+        link_or_copy(image.path, dest / name)
+    else:
+        (dest / name).write_bytes(image.data)
     return {
         "id": sample.key,
         "image": name,

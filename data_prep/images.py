@@ -11,8 +11,6 @@ import re
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
@@ -42,15 +40,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; PIL decides about the others
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in pixels: neither stuffing nor restart
-
-
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image that passed its checks, as the bytes of its file; `path` where it was one."""
-
-    path: Path | None
-    extension: str
-    data: bytes
 
 
 def check_image(data: bytes) -> str:

@@ -235,9 +235,7 @@ def _member_row(members: dict[str, bytes]) -> Row:
     for plural in TAGS:
         named = row.get(plural)
         if isinstance(named, list):
-            row[plural] = [
-                members.get(one, one) if isinstance(one, str) else one for one in named
-            ]
+            row[plural] = [members.get(one, one) if isinstance(one, str) else one for one in named]
     _add_unnamed(row, "image", "images", IMAGE_MEMBERS, members)
     _add_unnamed(row, "video", "videos", VIDEO_MEMBERS, members)
     return row
@@ -248,8 +246,6 @@ def _add_unnamed(
 ) -> None:
     """Members that the JSON does not name: all of that kind, in the tar's order."""
     if row.get(plural) is None:
-        found = [
-            members[name] for name in members if name.rpartition(".")[2].lower() in extensions
-        ]
+        found = [members[name] for name in members if name.rpartition(".")[2].lower() in extensions]
         row.pop(single, None)  # a path of the machine where the tar was made
         row[plural] = found

@@ -8,9 +8,19 @@ from typing import Any
 from data_prep.causes import BadRowError
 from data_prep.conversation import MAX_CHARS, TAGS, check_conversation
 from data_prep.formats import RowFormat
-from data_prep.images import EncodedImage, check_image
+from data_prep.images import check_image
 from data_prep.media import describe_media, read_media
 from data_prep.rows import RowRange, read_rows
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    """A file that passed its checks; `path` where it is one of the dataset's."""
+
+    path: Path | None
+    extension: str
+    data: bytes
+
 
 CHECKS: dict[str, str] = {"videos": "check_video", "audios": "check_audio"}
 
@@ -42,21 +52,23 @@ class RawSample:
 
     key: str
     messages: list[dict]
-    images: list[EncodedImage]
-    videos: list[EncodedImage] = field(default_factory=list)
-    audios: list[EncodedImage] = field(default_factory=list)
+    images: list[MediaFile]
+    videos: list[MediaFile] = field(default_factory=list)
+    audios: list[MediaFile] = field(default_factory=list)
     rejected: list[dict] | None = None
     group: str | None = None
 
 
 def read_samples(
-    rows: RowRange, reader: RowReader
+    rows: RowRange, reader: RowReader, *, start: int = 0
 ) -> Iterator[tuple[int, RawSample | BadRowError]]:
-    """Each row's number, and its sample or why there is none."""
+    """The number of each row from `start` on, and its sample or why there is none."""
     roots = [reader.root / reader.media_dir]
     if not reader.media_dir and rows.table.parent != reader.root:
         roots.append(rows.table.parent)
     for number, row in read_rows(rows):
+        if number < start:
+            continue
         if isinstance(row, BadRowError):
             yield number, row
             continue
@@ -84,10 +96,10 @@ def _read_row(row: dict, reader: RowReader, *, roots: list[Path], key: str) -> R
     )
 
 
-def _read_medium(source: str | bytes, kind: str, roots: list[Path]) -> EncodedImage:
+def _read_medium(source: str | bytes, kind: str, roots: list[Path]) -> MediaFile:
     try:
         data, path = read_media(source, roots=roots)
-        return EncodedImage(path=path, extension=_checker(kind)(data), data=data)
+        return MediaFile(path=path, extension=_checker(kind)(data), data=data)
     except BadRowError as error:
         cause = error.cause
         if cause == "missing_image" and kind != "images":

@@ -1,33 +1,31 @@
-"""Raw rows → webdataset tar shards that hold the original image bytes, split by split.
+"""Raw rows → webdataset tar shards that hold the original bytes of all media, split by split.
 
 A sample is the members `KEY.json` (`{"messages": […], "images": ["0.png", …]}`, the images' member
-names in the order of their tags) and `KEY.0.png`, `KEY.1.jpg` …: webdataset and energon take what
-stands before the first dot as the sample's key and the rest as the member's name.
+names in the order of their tags; `videos`, `audios`, `rejected_messages` where there are any) and
+`KEY.0.png`, `KEY.1.jpg`, `KEY.v0.mp4` …: webdataset and energon take what stands before the first
+dot as the sample's key and the rest as the member's name.
 
 Each range of rows is checked and written by one process in one pass, and what it writes depends on
 nothing but those rows: any number of workers gives the same bytes.
 """
 
-import io
 import json
 import logging
-import os
-import tarfile
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import groupby
-from multiprocessing import get_context, parent_process
-from multiprocessing.process import BaseProcess
-from operator import itemgetter
 from pathlib import Path
 
-from data_prep import SPLITS
-from data_prep.formats import find_format
-from data_prep.samples import Dropped, RawSample, RowRange, read_samples, row_ranges
+from data_prep.causes import Dropped
+from data_prep.files import link_or_copy
+from data_prep.formats import RowFormat
+from data_prep.parts import Part, write_range
+from data_prep.rows import row_ranges
+from data_prep.samples import RowReader
+from data_prep.tables import find_tables
+from data_prep.workers import mapper
 from vlmcore.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -35,17 +33,6 @@ log = logging.getLogger(__name__)
 REPORT_NAME = "report.json"
 MAX_SAMPLES_PER_SHARD = 10_000  # what LLaVA-Pretrain's shards hold in NVIDIA's guides
 MAX_SHARD_BYTES = 4 * 1024**3
-
-Member = tuple[str, bytes]  # name in the tar, content
-
-
-@dataclass
-class Shard:
-    """One written tar file."""
-
-    path: Path
-    num_samples: int = 0
-    num_images: int = 0
 
 
 @dataclass
@@ -55,6 +42,8 @@ class ShardReport:
     num_rows: int = 0
     samples: dict[str, int] = field(default_factory=dict)  # split → number
     num_images: int = 0
+    num_videos: int = 0
+    num_audios: int = 0
     shards: dict[str, list[str]] = field(default_factory=dict)  # split → file names, in order
     dropped: dict[str, int] = field(default_factory=dict)  # cause → number of rows
     examples: dict[str, list[str]] = field(default_factory=dict)  # cause → `file:line what`
@@ -66,45 +55,54 @@ def write_shards(
     *,
     max_bad_ratio: float,
     num_workers: int,
-    data_format: str = "messages",
+    reader: RowReader | None = None,
+    tables: dict[str, list[Path]] | None = None,
     max_samples_per_shard: int = MAX_SAMPLES_PER_SHARD,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    work_dir: Path | None = None,
+    run: Callable | None = None,
 ) -> ShardReport:
-    """Write `{split}-000000.tar` … for each `{split}.jsonl` of `raw_dir`, and `report.json`.
+    """Write `{split}-000000.tar` … for each split of `raw_dir`, and `report.json`.
 
     Args:
         max_bad_ratio: the share of rows that may be unusable; each is left out and counted.
         num_workers: processes, each at one shard; 1 works in this process.
+        reader: how rows are read; None: the `messages` format, media beside the tables.
+        tables: split → files of rows; None: those that `raw_dir` holds.
         max_shard_bytes: a shard is closed before it would grow past this; a single larger sample
             gets a shard of its own.
+        work_dir: where a killed call left its finished parts, which are kept; None: none are.
+        run: a `map` over other machines, instead of processes of this one.
 
     Raises:
         DataError: no split, a split without a usable sample, or too many bad rows.
     """
-    find_format(data_format)
+    reader = reader or RowReader(raw_dir, RowFormat())
+    tables = tables or find_tables(raw_dir)
     dest.mkdir(parents=True, exist_ok=True)
-    report, dropped = ShardReport(), Dropped()
-    write = partial(
-        _write_range, dest=dest, data_format=data_format, max_shard_bytes=max_shard_bytes
-    )
-    with _mapper(num_workers) as run:
-        for split in _splits(raw_dir):
-            ranges = row_ranges(raw_dir / f"{split}.jsonl", max_rows=max_samples_per_shard)
-            shards: list[Shard] = []
-            for written, dropped_here in run(write, ranges):
-                shards += written
-                dropped.merge(dropped_here)
-            if not shards:
-                raise DataError(
-                    f"{raw_dir}: {split}.jsonl has no usable sample. Mend it or remove it.\n"
-                    + dropped.describe()
-                )
-            _publish(shards, split=split, report=report)
-    _check_tolerance(raw_dir, dropped, max_bad_ratio=max_bad_ratio)
-    report.num_rows = dropped.num_rows
-    report.dropped = dict(sorted(dropped.counts.items()))
-    report.examples = dict(sorted(dropped.examples.items()))
-    _write_report(report, dest)
+    with (
+        tempfile.TemporaryDirectory(dir=dest, prefix=".parts-") as own,
+        mapper(num_workers) as here,
+    ):
+        parts_dir = work_dir or Path(own)
+        parts_dir.mkdir(parents=True, exist_ok=True)
+        write = partial(write_range, dest=parts_dir, reader=reader, max_shard_bytes=max_shard_bytes)
+        written = {
+            split: [
+                part
+                for parts in (run or here)(write, _ranges(split, files, max_samples_per_shard))
+                for part in parts
+            ]
+            for split, files in tables.items()
+        }
+        report = _report(raw_dir, written, max_bad_ratio=max_bad_ratio)
+        for split, parts in written.items():
+            names = report.shards[split]
+            for part, name in zip(_tars(parts), names, strict=True):
+                link_or_copy(parts_dir / f"{part.name}.tar", dest / name)
+    write_report(report, dest)
+    if work_dir is not None:
+        shutil.rmtree(work_dir)
     return report
 
 
@@ -121,114 +119,71 @@ def read_report(shards_dir: Path) -> ShardReport:
             f"{shards_dir} has no {REPORT_NAME}: its shards were not written to the end. "
             "Write them again."
         ) from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{shards_dir / REPORT_NAME} is no report of shards: {error}.") from error
 
 
-def _splits(raw_dir: Path) -> list[str]:
-    found = [split for split in SPLITS if (raw_dir / f"{split}.jsonl").is_file()]
-    if not found:
-        names = ", ".join(f"{split}.jsonl" for split in SPLITS)
-        raise DataError(f"{raw_dir} holds no dataset: expected at least one of {names}.")
-    return found
+def write_report(report: ShardReport, dest: Path) -> None:
+    """Put the report beside the shards: its being there means that they are whole."""
+    text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
+    (dest / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-@contextmanager
-def _mapper(num_workers: int) -> Iterator[Callable]:
-    """A `map` that keeps the order, over processes or in this one."""
-    if num_workers == 1:
-        yield map
-        return
-    # spawn: a fork of a process that already has threads (Prefect's) may hang
-    with ProcessPoolExecutor(
-        num_workers, mp_context=get_context("spawn"), initializer=_end_with_parent
-    ) as pool:
-        yield pool.map
+def shard_name(split: str, number: int) -> str:
+    """Name of a split's shard; energon tells splits apart by it."""
+    return f"{split}-{number:06d}.tar"
 
 
-def _end_with_parent() -> None:
-    """Without this, a pool's processes wait for work for ever once their parent is killed -9."""
-
-    def watch(parent: BaseProcess) -> None:
-        parent.join()
-        os._exit(1)
-
-    parent = parent_process()
-    assert parent is not None, "only for the processes of a pool"
-    threading.Thread(target=watch, args=(parent,), daemon=True).start()
+def _ranges(split: str, files: list[Path], max_rows: int) -> list:
+    # rows of the only file of a split are known by their number alone
+    prefixes = [split] if len(files) == 1 else [f"{split}-{n:03d}" for n in range(len(files))]
+    return [
+        rows
+        for file, prefix in zip(files, prefixes, strict=True)
+        for rows in row_ranges(file, key_prefix=prefix, max_rows=max_rows)
+    ]
 
 
-def _write_range(
-    rows: RowRange, *, dest: Path, data_format: str, max_shard_bytes: int
-) -> tuple[list[Shard], Dropped]:
-    """Check and write some rows as `.{split}-{line}.{part}.part`: as many parts as bytes require,
-    none where no row is usable, for energon refuses an empty shard."""
-    dropped, shards = Dropped(), []
-    samples = read_samples(rows, parse=find_format(data_format), dropped=dropped)
-    parts = groupby(_number_parts(samples, max_shard_bytes=max_shard_bytes), key=itemgetter(0))
-    for part, numbered in parts:
-        shard = Shard(dest / f".{rows.table.stem}-{rows.first_line:012d}.{part}.part")
-        with tarfile.open(shard.path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for _, members in numbered:
-                for name, data in members:
-                    info = tarfile.TarInfo(name)  # its defaults are time 0, uid 0, mode 644
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-                shard.num_samples += 1
-                shard.num_images += len(members) - 1
-        shards.append(shard)
-    return shards, dropped
+def _tars(parts: list[Part]) -> list[Part]:
+    return [part for part in parts if part.num_samples]
 
 
-def _number_parts(
-    samples: Iterable[RawSample], *, max_shard_bytes: int
-) -> Iterator[tuple[int, list[Member]]]:
-    """Each sample's members, with the number of the part that still has room for them."""
-    part, part_bytes = 0, 0
-    for sample in samples:
-        members = _members(sample)
-        size_bytes = sum(_tar_size(len(data)) for _, data in members)
-        if part_bytes and part_bytes + size_bytes > max_shard_bytes:
-            part, part_bytes = part + 1, 0
-        part_bytes += size_bytes
-        yield part, members
+def _report(raw_dir: Path, written: dict[str, list[Part]], *, max_bad_ratio: float) -> ShardReport:
+    dropped, report = Dropped(), ShardReport()
+    for split, parts in written.items():
+        here = Dropped()
+        for part in parts:
+            here.merge(part.dropped)
+        if not _tars(parts):
+            raise DataError(
+                f"{raw_dir}: split {split} has no usable sample. Mend it or remove it.\n"
+                + here.describe()
+            )
+        dropped.merge(here)
+        report.samples[split] = sum(part.num_samples for part in parts)
+        report.shards[split] = [shard_name(split, n) for n in range(len(_tars(parts)))]
+        report.num_images += sum(part.num_media.get("images", 0) for part in parts)
+        report.num_videos += sum(part.num_media.get("videos", 0) for part in parts)
+        report.num_audios += sum(part.num_media.get("audios", 0) for part in parts)
+    check_tolerance(str(raw_dir), dropped, max_bad_ratio=max_bad_ratio)
+    report.num_rows = dropped.num_rows
+    report.dropped = dict(sorted(dropped.counts.items()))
+    report.examples = dict(sorted(dropped.examples.items()))
+    return report
 
 
-def _members(sample: RawSample) -> list[Member]:
-    names = [f"{index}.{image.extension}" for index, image in enumerate(sample.images)]
-    conversation = {"messages": sample.messages, "images": names}
-    text = json.dumps(conversation, ensure_ascii=False, separators=(",", ":"))
-    members = [(f"{sample.key}.json", text.encode())]
-    for name, image in zip(names, sample.images, strict=True):
-        members.append((f"{sample.key}.{name}", image.data))
-    return members
+def check_tolerance(where: str, dropped: Dropped, *, max_bad_ratio: float) -> None:
+    """Accept so many bad rows, with a warning.
 
-
-def _tar_size(num_bytes: int) -> int:
-    blocks = -(-num_bytes // tarfile.BLOCKSIZE)
-    return (1 + blocks) * tarfile.BLOCKSIZE
-
-
-def _publish(shards: list[Shard], *, split: str, report: ShardReport) -> None:
-    """Give the parts their numbers, without gaps, and enter them into the report."""
-    names = [f"{split}-{number:06d}.tar" for number in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.path.rename(shard.path.with_name(name))
-    report.shards[split] = names
-    report.samples[split] = sum(shard.num_samples for shard in shards)
-    report.num_images += sum(shard.num_images for shard in shards)
-
-
-def _check_tolerance(raw_dir: Path, dropped: Dropped, *, max_bad_ratio: float) -> None:
+    Raises:
+        DataError: there are more; the worst causes come first.
+    """
     num_bad = dropped.counts.total()
     if num_bad:
-        log.warning("%s: %d of %d rows left out", raw_dir, num_bad, dropped.num_rows)
+        log.warning("%s: %d of %d rows left out", where, num_bad, dropped.num_rows)
     if dropped.ratio > max_bad_ratio:
         raise DataError(
-            f"{raw_dir}: {num_bad} of {dropped.num_rows} rows ({dropped.ratio:.1%}) are unusable, "
+            f"{where}: {num_bad} of {dropped.num_rows} rows ({dropped.ratio:.1%}) are unusable, "
             f"max_bad_ratio allows {max_bad_ratio:.1%}. Mend the rows or raise max_bad_ratio.\n"
             + dropped.describe()
         )
-
-
-def _write_report(report: ShardReport, dest: Path) -> None:
-    text = json.dumps(asdict(report), indent=2, ensure_ascii=False)
-    (dest / REPORT_NAME).write_text(text + "\n", encoding="utf-8")

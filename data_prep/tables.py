@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
-from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 import yaml

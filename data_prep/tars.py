@@ -1,6 +1,5 @@
 """Tar files of samples, written and read as webdataset does: USTAR, no times, no owners."""
 
-import io
 import tarfile
 from collections.abc import Iterator
 from functools import cache
@@ -84,13 +83,3 @@ def _key(name: str) -> str:
 @cache
 def _template() -> bytes:
     return tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-
-
-def members_bytes(members: list[Member]) -> io.BytesIO:
-    """Members as they stand in a tar, one behind the other."""
-    out = io.BytesIO()
-    for name, data in members:
-        out.write(tar_header(name, len(data)))
-        out.write(data)
-        out.write(padding(len(data)))
-    return out

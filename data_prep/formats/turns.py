@@ -76,7 +76,9 @@ def with_tags(messages: list[dict], media: dict[str, list[Media]]) -> list[dict]
     """
     contents = [turn["content"] for turn in messages]
     missing = "".join(
-        tag * len(media.get(kind, [])) for kind, tag in TAGS.items() if not count_tags(contents, tag)
+        tag * len(media.get(kind, []))
+        for kind, tag in TAGS.items()
+        if not count_tags(contents, tag)
     )
     first = next((i for i, turn in enumerate(messages) if turn["role"] == "user"), None)
     if first is None or not missing or not isinstance(messages[first]["content"], str):

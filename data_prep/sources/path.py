@@ -1,65 +1,87 @@
-"""`path:LOCATION`: a folder of this machine, or one JSONL file and the images its rows name.
+"""`path:LOCATION`: a folder of this machine, an archive, or one table and the images its rows name.
 
 Files are copied: a later edit of the user's own file must not reach into a finished artifact.
 """
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from data_prep.files import is_inside
+from data_prep.sources.wanted import Wanted
 from vlmcore.errors import DataError
 
+_NAMING = ("image", "images", "video", "videos")  # the columns whose texts are names of files
 
-def fetch(location: str, dest: Path, *, options: Mapping[str, Any], seed: int) -> None:
-    """Copy the folder as it is; a single JSONL file becomes `train.jsonl`.
+
+def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+    """The files of the folder, those that `include` names; a single JSONL is `train.jsonl`.
 
     Raises:
-        DataError: nothing is there, or options were given.
+        DataError: nothing is there.
     """
-    if options:
-        raise DataError(f"path:{location} has no options, found {', '.join(sorted(options))}.")
-    for name, file in _files(location).items():
-        target = dest / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+    return _files(location, wanted)
 
 
-def fingerprint(location: str) -> str:
+def fingerprint(location: str, *, wanted: Wanted) -> str:
     """sha256 over name, size and time of change of every file: bytes are not read."""
     digest = hashlib.sha256()
-    for name, file in _files(location).items():
+    for name, file in _files(location, wanted).items():
         stat = file.stat()
         digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
-def _files(location: str) -> dict[str, Path]:
+def _files(location: str, wanted: Wanted) -> dict[str, Path]:
     """Name inside the dataset → file on this machine, sorted by name."""
     root = Path(location).expanduser()
+    if wanted.revision:
+        raise DataError(f"path:{location} has no revisions, found {wanted.revision}. Leave it out.")
     if root.is_dir():
         found = {file.relative_to(root).as_posix(): file for file in root.rglob("*")}
     elif root.is_file():
-        found = {name: root.parent / name for name in _image_names(root)}
-        found["train.jsonl"] = root
+        found = {name: root.parent / name for name in _named_files(root)}
+        found["train.jsonl" if root.suffix == ".jsonl" else root.name] = root
     else:
         raise DataError(f"data source 'path:{location}': nothing is there. Check the path.")
-    return {name: found[name] for name in sorted(found) if found[name].is_file()}
+    names = (
+        name
+        for name in sorted(found)
+        if not wanted.include or any(fnmatchcase(name, one) for one in wanted.include)
+    )
+    return {name: found[name] for name in names if found[name].is_file()}
 
 
-def _image_names(table: Path) -> set[str]:
-    """Every image that a row names. Rows that do not parse are left to whoever counts bad rows."""
-    names: set[str] = set()
-    with table.open("rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            images = row.get("images") if isinstance(row, dict) else None
-            if isinstance(images, list):
-                names.update(name for name in images if isinstance(name, str) and is_inside(name))
-    return names
+def _named_files(table: Path) -> set[str]:
+    """Every file that a row names. Rows that do not parse are left to whoever counts bad rows."""
+    return {
+        name
+        for row in _rows(table)
+        if isinstance(row, dict)
+        for column in _NAMING
+        for name in _listed(row.get(column))
+        if isinstance(name, str) and is_inside(name)
+    }
+
+
+def _rows(table: Path) -> Iterator[object]:
+    if table.suffix == ".jsonl":
+        with table.open("rb") as file:
+            for line in file:
+                yield from _parsed(line)
+    elif table.suffix == ".json":
+        for rows in _parsed(table.read_bytes()):
+            yield from _listed(rows)
+
+
+def _parsed(text: bytes) -> Iterator[object]:
+    try:
+        yield json.loads(text)
+    except (ValueError, RecursionError):
+        return
+
+
+def _listed(value: object) -> list:
+    return value if isinstance(value, list) else [value]

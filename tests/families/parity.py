@@ -1,27 +1,30 @@
-"""On every rank: the precision test of several models; arguments: pairs, results, layouts."""
+"""On every rank: the precision test of several models; arguments: JSON of cases, JSON of results.
+
+A case is the name of a pair of folders (`hf`, `mcore`) and the `layouts` to compare them at.
+"""
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from vlmcore.layout import Layout
 from vlmcore.training.distributed import process_group
 from vlmcore.training.precision import precision_test
 
 
-def main(pairs: str, out: str, *layouts: str) -> None:
+def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
     results = {}
-    with process_group(num_threads=1):
-        for case, (hf, mcore) in json.loads(Path(pairs).read_text()).items():
-            rows = precision_test(
-                Path(hf), Path(mcore), layouts=[int(size) for size in layouts], tolerance=1e-5
-            )
-            results[case] = [{**asdict(row), "passed": row.passed} for row in rows]
-        if dist.get_rank() == 0:
-            Path(out).write_text(json.dumps(results))
+    for name, case in cases.items():
+        layouts = [Layout(**sizes) for sizes in case["layouts"]]
+        rows = precision_test(Path(case["hf"]), Path(case["mcore"]), layouts=layouts, tolerance=1e-5)
+        results[name] = [row.row() for row in rows]
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with process_group(num_threads=1):
+        main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -79,7 +79,8 @@ def test_vllm_answers_text_and_images_as_transformers_does(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "swapped"
-    swap_llm(tiny_model("qwen2_5_vl"), tiny_model("qwen3"), folder, seed=3, shell="exaone4_5")
+    llm = tiny_model("qwen3", head_dim=32)  # vLLM's attention on CPU takes no narrower heads
+    swap_llm(tiny_model("qwen2_5_vl"), llm, folder, seed=3, shell="exaone4_5")
     image = picture()
     expected = [
         own_logprobs(folder, QUESTION["text"], []),

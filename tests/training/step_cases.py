@@ -21,8 +21,8 @@ from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder
 from vlmcore.dataloading.samples import TokenSample
 from vlmcore.families import family_of, read_config
+from vlmcore.models.build import save_weights
 from vlmcore.recipe.schema import TrainStage
-from vlmcore.training.checkpoint import save_weights
 from vlmcore.training.distributed import layout_of, model_parallel, process_group
 from vlmcore.training.step import train_step
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR, copy_sidecar, to_hf
@@ -101,7 +101,7 @@ def megatron_step(
         multiple = size if stage.sequence_parallel else 1
         batch = [row_of(samples, multiple=multiple) for samples in rows]
         outcome = train_step(model, optimizer, batch if size > 1 else [batch[dist.get_rank()]])
-        save_weights(model.module, out / CHECKPOINT)
+        save_weights([model.module], out / CHECKPOINT)
     weights = {}
     if dist.get_rank() == 0:
         copy_sidecar(mcore_dir / SIDECAR, out / SIDECAR)

@@ -39,7 +39,9 @@ def test_parameters_of_the_megatron_model_are_grouped(parameter: str, group: str
 
 
 def test_only_unfrozen_groups_train() -> None:
-    model = model_of("vision_model.visual.patch_embed.proj", "vision_model.visual.merger.linear_fc1", "decoder.a")
+    model = model_of(
+        "vision_model.visual.patch_embed.proj", "vision_model.visual.merger.linear_fc1", "decoder.a"
+    )
     stage = TrainStage(**STAGE, freeze_vit=True, freeze_llm=True)
     assert apply_freezes(model, FAMILIES["qwen3_vl"], stage) == {
         "aligner": {"parameters": 3, "trainable": 3},
@@ -47,7 +49,9 @@ def test_only_unfrozen_groups_train() -> None:
         "vit": {"parameters": 3, "trainable": 0},
     }
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {f"vision_model.visual.merger.linear_fc1.{part}" for part in ("weight", "bias")}
+    assert trained == {
+        f"vision_model.visual.merger.linear_fc1.{part}" for part in ("weight", "bias")
+    }
 
 
 def test_nothing_trainable_is_refused() -> None:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from tests.tiny.megatron import stage, under_training
 from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
-from vlmcore.training.checkpoint import Checkpointer, save_weights
+from vlmcore.models.build import save_weights
+from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.distributed import model_parallel, process_group
 from vlmcore.training.optimizer import build_schedule
 from vlmcore.training.step import train_step
@@ -24,7 +25,7 @@ class NoLoader:
 
 def main(source: Path, saved: Path, trained: Path) -> None:
     model, optimizer = under_training(source, ALIGNER)
-    save_weights(model.module, saved)
+    save_weights([model.module], saved)
     encoder = ConversationEncoder(source / SIDECAR, task="sft")
     train_step(
         model, optimizer, [row_of([token_sample(encoder, "Read.", "12", images=[(96, 64)])])]

@@ -35,10 +35,10 @@ class VideoInfo:
 class SampledFrames:
     """Frames with their times.
 
-    Shapes: frames_NHWC [N, height, width, 3], uint8, RGB; timestamps_s has N entries, growing.
+    Shapes: frames [N, height, width, 3], uint8, RGB; timestamps_s has N entries, growing.
     """
 
-    frames_NHWC: np.ndarray
+    frames: np.ndarray  # NHWC
     timestamps_s: list[float]
 
 
@@ -94,7 +94,9 @@ def _open(data: bytes) -> Any:
 
     # One thread: the loader's own processes are the parallel ones.
     capture = cv2.VideoCapture(
-        io.BytesIO(data), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1]  # type: ignore[call-overload]
+        io.BytesIO(data),
+        cv2.CAP_FFMPEG,
+        [cv2.CAP_PROP_N_THREADS, 1],  # type: ignore[call-overload]
     )
     if not capture.isOpened():
         raise DataError("the video does not open: no container or codec that FFmpeg knows")

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.transformer.module import MegatronModule
 
 from vlmcore.errors import WeightError
-from vlmcore.families import Config, family_of, read_config
+from vlmcore.families import family_of, read_config
 from vlmcore.layout import Layout
 from vlmcore.models.language_model import build_language_model, check_layout, transformer_config
 
@@ -39,10 +41,10 @@ def build_model(
         TrainError: The layout does not divide the model.
         WeightError: Unknown family, or the tokenizer lacks a placeholder.
     """
+    require_layout(hf_dir, layout)
     config = read_config(hf_dir)
     family = family_of(config)
     shape = family.language_model(config)
-    check_layout(shape, layout, num_deepstack=_num_deepstack(config))
     mcore_config = transformer_config(shape, layout, params_dtype=params_dtype)
     count = layout.virtual_pipeline_model_parallel_size
     chunks: list[MegatronModule] = [
@@ -77,9 +79,15 @@ def build_model(
     ]
 
 
-def _num_deepstack(config: Config) -> int:
-    """Decoder layers that image features are added to."""
-    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+def require_layout(hf_dir: Path, layout: Layout) -> None:
+    """Refuses a layout that does not divide the model, before anything is built.
+
+    Raises:
+        TrainError: Lists every size that does not divide what it cuts.
+    """
+    config = read_config(hf_dir)
+    levels = (config.get("vision_config") or {}).get("deepstack_visual_indexes") or ()
+    check_layout(family_of(config).language_model(config), layout, num_deepstack=len(levels))
 
 
 def sharded_state_dict(model: MegatronModule) -> dict[str, Any]:
@@ -93,11 +101,24 @@ def sharded_state_dict(model: MegatronModule) -> dict[str, Any]:
 
 
 def load_weights(chunks: Sequence[MegatronModule], checkpoint: Path) -> None:
-    """Loads this rank's part of a torch_dist checkpoint, whatever layout wrote it; strict."""
+    """Loads this rank's part of a torch_dist checkpoint, whatever layout wrote it.
+
+    Raises:
+        WeightError: The checkpoint lacks a tensor, or holds one that no rank asks for.
+    """
     wanted = {f"model{i}": sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
     try:
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
+        loaded = dist_checkpointing.load(wanted, str(checkpoint), strict=StrictHandling.RAISE_ALL)
     except dist_checkpointing.core.CheckpointingException as error:
         raise WeightError(f"{checkpoint}: {error}") from error
     for i, chunk in enumerate(chunks):
         chunk.load_state_dict(loaded[f"model{i}"], strict=True)
+
+
+def save_weights(chunks: Sequence[MegatronModule], folder: Path) -> None:
+    """Saves the weights that all ranks hold together as torch_dist into a new folder."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    state = {f"model{i}": sharded_state_dict(chunk) for i, chunk in enumerate(chunks)}
+    dist_checkpointing.save(state, str(folder))

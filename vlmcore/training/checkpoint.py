@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from megatron.core.transformer.module import MegatronModule
 from megatron.energon.savable_loader import SavableDataLoader
 
 from vlmcore.models.build import sharded_state_dict
@@ -98,14 +97,6 @@ class Checkpointer:
             "schedule": self.schedule.state_dict(),
             "step": step,
         }
-
-
-def save_weights(model: MegatronModule, folder: Path) -> None:
-    """Saves the weights alone as torch_dist into a new folder."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save({"model": sharded_state_dict(model)}, str(folder))
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -17,9 +17,10 @@ class TrainJob(BaseModel):
 
     Attributes:
         stage: The recipe's stage.
-        model_dir: Megatron model folder to start from (`checkpoint/` and `hf/`).
+        model_dir: Model folder to start from, Megatron (`checkpoint/` and `hf/`) or HF.
         datasets: Energon datasets.
-        output_dir: Gets the trained Megatron model folder, the metrics and the trainable table.
+        output_dir: Gets the trained model folder in the same form, the metrics and the trainable
+            table.
         scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
             on from them.
     """

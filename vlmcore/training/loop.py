@@ -28,15 +28,15 @@ from vlmcore.dataloading.samples import PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
-from vlmcore.models.build import build_model, load_weights
-from vlmcore.training.checkpoint import Checkpointer, save_weights
+from vlmcore.models.build import build_model
+from vlmcore.models.folder import config_dir, load_folder, save_folder
+from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.distributed import layout_of
 from vlmcore.training.freezing import apply_freezes
 from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.training.progress import MetricsFile, report_progress
 from vlmcore.training.step import train_step
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR, copy_sidecar
 
 
 def train(job: TrainJob) -> None:
@@ -47,7 +47,7 @@ def train(job: TrainJob) -> None:
     """
     stage = job.stage
     module = _load_model(job)
-    trainable = apply_freezes(module, family_of(read_config(job.model_dir / SIDECAR)), stage)
+    trainable = apply_freezes(module, family_of(read_config(config_dir(job.model_dir))), stage)
     model = DistributedDataParallel(
         module.config,
         DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
@@ -98,30 +98,29 @@ def train(job: TrainJob) -> None:
         if not last and step % stage.save_interval == 0:
             checkpoints.save(step)
 
-    save_weights(module, job.output_dir / CHECKPOINT)
+    save_folder([module], job.output_dir, like=job.model_dir)
     if metrics is not None:
         metrics.close()
         shutil.copyfile(job.scratch_dir / METRICS, job.output_dir / METRICS)
         (job.output_dir / TRAINABLE).write_text(json.dumps(trainable, indent=1) + "\n")
-        copy_sidecar(job.model_dir / SIDECAR, job.output_dir / SIDECAR)
 
 
 def _load_model(job: TrainJob) -> MegatronModule:
     stage = job.stage
     (module,) = build_model(
-        job.model_dir / SIDECAR,
+        config_dir(job.model_dir),
         layout=layout_of(stage),
         params_dtype=getattr(torch, stage.torch_dtype),
     )
     module.to(megatron_cpu.device())
-    load_weights([module], job.model_dir / CHECKPOINT)
+    load_folder([module], job.model_dir)
     return module
 
 
 def _build_loader(job: TrainJob) -> SavableDataLoader[PackedRow]:
     stage = job.stage
     encoder = ConversationEncoder(
-        job.model_dir / SIDECAR, task=stage.task, max_pixels=stage.max_pixels
+        config_dir(job.model_dir), task=stage.task, max_pixels=stage.max_pixels
     )
     task_encoder = ConversationTaskEncoder(
         encoder,

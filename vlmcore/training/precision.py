@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,9 +29,10 @@ from megatron.core.transformer.module import MegatronModule  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmcore import megatron_cpu  # noqa: E402
+from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.families import Family, family_of, read_config  # noqa: E402
 from vlmcore.layout import Layout  # noqa: E402
-from vlmcore.models.build import build_model, load_weights  # noqa: E402
+from vlmcore.models.build import build_model, load_weights, require_layout  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.precision_samples import Sample, precision_samples  # noqa: E402
 from vlmcore.training.precision_states import (  # noqa: E402
@@ -38,6 +40,7 @@ from vlmcore.training.precision_states import (  # noqa: E402
     States,
     transformers_states,
 )
+from vlmcore.training.progress import report_error  # noqa: E402
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR  # noqa: E402
 
 
@@ -112,6 +115,8 @@ def precision_test(
     Raises:
         TrainError: A layout does not divide the model or the ranks.
     """
+    for layout in layouts:
+        require_layout(mcore_dir / SIDECAR, layout)
     samples = precision_samples(hf_dir)
     reference = _reference(hf_dir, samples) if dist.get_rank() == 0 else None
     results = []
@@ -230,7 +235,7 @@ def _divergence(
 
 
 def main() -> None:
-    """Writes the results as JSON on rank 0; judging them is the caller's."""
+    """Writes the results as JSON on rank 0; a user's error is one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="HF model folder")
     parser.add_argument("--mcore", type=Path, required=True, help="Megatron model folder")
@@ -240,13 +245,17 @@ def main() -> None:
     parser.add_argument("--round-to", default="float32", help="dtype the HF weights are saved in")
     args = parser.parse_args()
     with process_group(num_threads=1):
-        results = precision_test(
-            args.hf,
-            args.mcore,
-            layouts=[Layout(**sizes) for sizes in args.layouts],
-            tolerance=args.tolerance,
-            round_to=getattr(torch, args.round_to),
-        )
+        try:
+            results = precision_test(
+                args.hf,
+                args.mcore,
+                layouts=[Layout(**sizes) for sizes in args.layouts],
+                tolerance=args.tolerance,
+                round_to=getattr(torch, args.round_to),
+            )
+        except VlmflowError as error:
+            report_error(str(error))
+            sys.exit(2)
         if dist.get_rank() == 0:
             rows = [result.row() for result in results]
             args.out.write_text(json.dumps(rows, indent=1) + "\n")

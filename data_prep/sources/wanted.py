@@ -1,0 +1,54 @@
+"""What of a source is wanted, and the files of it that this makes necessary."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from data_prep.tables import README, choose_tables, superfluous_tables
+from vlmcore.errors import DataError
+
+PLAN_TIMEOUT_S = 10.0  # what a plan waits for a host that does not answer
+
+
+class UnreachableError(DataError):
+    """A host cannot be reached now; what has been fetched from it before is still good."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which revision of a source, and which part of it; the fields are those of a recipe."""
+
+    revision: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    include: tuple[str, ...] = ()
+
+    def choose(
+        self, names: Sequence[str], *, where: str, read_readme: Callable[[], str]
+    ) -> list[str]:
+        """The names of a source's files that are to be fetched, sorted.
+
+        Left out are hidden files and the tables of other subsets and splits. All else comes along,
+        since only the rows tell which images they need.
+
+        Raises:
+            DataError: `include` fits nothing, or `find_tables` would find nothing or be in doubt:
+                said before gigabytes have been fetched.
+        """
+        here = sorted(name for name in names if not any(p[:1] == "." for p in name.split("/")))
+        if self.include:
+            here = [name for name in here if any(fnmatchcase(name, one) for one in self.include)]
+        if not here:
+            raise DataError(
+                f"{where}: none of its {len(names)} files is wanted. Check `include`: "
+                f"{', '.join(self.include) or 'empty'}."
+            )
+        chosen = choose_tables(
+            [name for name in here if not name.endswith(".tar")],  # a table or an archive: later
+            where=where,
+            readme=read_readme() if README in here else "",
+            subset=self.subset,
+            split=self.split,
+        )
+        unwanted = superfluous_tables(here, chosen)
+        return [name for name in here if name not in unwanted]
