@@ -4,30 +4,47 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 import uuid
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any, Literal
 
-from data_prep import SPLITS
+import yaml
+from PIL import Image
+
+from data_prep import SPLITS, sample_loaders
 from data_prep.files import link_or_copy
+from data_prep.images import DECODE_ERRORS
+from data_prep.rows import IMAGE_MEMBERS, VIDEO_MEMBERS
 from data_prep.shards import ShardReport, read_report
+from vlmcore.dataloading.video import probe_video
 from vlmcore.errors import DataError
 
 log = logging.getLogger(__name__)
 
-# Samples arrive as a dict of member name → bytes (or what the task encoder's decoder makes of it);
-# a cooker makes conversations of them.
-DATASET_YAML = """\
-__module__: megatron.energon
-__class__: CrudeWebdataset
-"""
+SampleType = Literal["chat", "vqa", "captioning"]
+# chat: samples arrive as a dict of member name → bytes (or what the task encoder's decoder makes of
+# it); a cooker makes conversations of them. The others are energon's own types.
+DATASETS = {
+    "chat": {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"},
+    "vqa": {"sample_type": {"__module__": "megatron.energon", "__class__": "VQASample"}},
+    "captioning": {
+        "sample_type": {"__module__": "megatron.energon", "__class__": "CaptioningSample"}
+    },
+}
 
 
-def prepare(shards_dir: Path, dest: Path) -> None:
+def prepare(shards_dir: Path, dest: Path, *, sample_type: SampleType = "chat") -> None:
     """Make `dest` an energon dataset of the shards that `write_shards` left in `shards_dir`.
 
-    Shards are hard links where the filesystem allows. Every split stands in `split.yaml`; one
-    without shards is empty there.
+    Shards are hard links where the filesystem allows; `dest` may be `shards_dir` itself. Every
+    split stands in `split.yaml`; one without shards is empty there. The size of each image and the
+    length of each video are in the index, as energon's media metadata.
+
+    Args:
+        sample_type: what a trainer gets: conversations through a cooker, or energon's VQASample or
+            CaptioningSample, which hold one image each.
 
     Raises:
         DataError: the shards are not whole, or energon counts other samples than were written.
@@ -35,11 +52,15 @@ def prepare(shards_dir: Path, dest: Path) -> None:
     report = read_report(shards_dir)
     dest.mkdir(parents=True, exist_ok=True)
     names = [name for split in SPLITS for name in report.shards.get(split, [])]
-    for name in names:
-        link_or_copy(shards_dir / name, dest / name)
+    meta = dest / ".nv-meta"
+    if shards_dir == dest:
+        shutil.rmtree(meta, ignore_errors=True)  # an earlier index may be of other shards
+    else:
+        for name in names:
+            link_or_copy(shards_dir / name, dest / name)
     _index(dest, names)
-    (dest / ".nv-meta" / "dataset.yaml").write_text(DATASET_YAML, encoding="utf-8")
-    _fix_uuid(dest / ".nv-meta")
+    _describe(meta, sample_type)
+    _fix_uuid(meta)
     _check_counts(dest, report)
 
 
@@ -55,8 +76,56 @@ def _index(dest: Path, names: list[str]) -> None:
             # Splits are made of whole shards, so each split has its own, told apart by name.
             split_parts_patterns=[(split, f"{split}-.*") for split in SPLITS],
             workers=1,
+            media_filter=_media_filter(),
         )
     log.debug("energon prepare: %s", output.getvalue())
+
+
+def _media_filter() -> Any:
+    from megatron.energon.media.extractor import MediaFilterConfig, MediaFilterStrategy
+    from megatron.energon.media.metadata import AVMetadata, ImageMetadata
+
+    class HeadersOnly(MediaFilterConfig):
+        """As energon's filter by extension, which unpacks all pixels to learn an image's size."""
+
+        def extract_metadata(self, source: Any, filename: str | None = None) -> Any:
+            extension = (filename or "").rpartition(".")[2]
+            try:
+                if extension in IMAGE_MEMBERS:
+                    image = Image.open(io.BytesIO(source))
+                    return ImageMetadata(
+                        width=image.width,
+                        height=image.height,
+                        format=str(image.format),
+                        mode=image.mode,
+                    )
+                if extension in VIDEO_MEMBERS:
+                    info = probe_video(source)
+                    return AVMetadata(
+                        video_duration=info.duration_s,
+                        video_num_frames=info.num_frames,
+                        video_fps=info.fps,
+                        video_width=info.width,
+                        video_height=info.height,
+                    )
+            except (DataError, *DECODE_ERRORS) as error:
+                log.warning("%s: no metadata: %s", filename, error)
+            return None
+
+    return HeadersOnly(MediaFilterStrategy.EXTENSION)
+
+
+def _describe(meta: Path, sample_type: SampleType) -> None:
+    """Write dataset.yaml, and beside it the code that makes energon's own sample types."""
+    dataset: dict[str, Any] = dict(DATASETS[sample_type])
+    if sample_type != "chat":
+        code = Path(sample_loaders.__file__).with_name(f"{sample_type}.py")
+        shutil.copyfile(code, meta / "sample_loader.py")
+        dataset |= {
+            "part_filter": "sample_loader.py:part_filter",
+            "sample_loader": "sample_loader.py:sample_loader",
+        }
+    (meta / "dataset.yaml").write_text(yaml.safe_dump(dataset, sort_keys=False), encoding="utf-8")
 
 
 def _fix_uuid(meta: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flows.request import Request
 from tasks.caching import Ref, Run, UntilReached, matches
-from tasks.convert import export, to_mcore
+from tasks.convert import export, precision, to_mcore
 from tasks.data import energon, holdout, raw_dataset, shards
 from tasks.evaluation import evaluate
 from tasks.model import donor, swap
@@ -97,7 +97,7 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
         model = swap(run, vlm=model, llm=llm, seed=recipe.seed)
 
     checkpoints = {"swap": model}
-    trained = to_mcore(run, "to_mcore", recipe.convert, model=model)
+    trained = _for_training(run, recipe, "to_mcore", model=model)
     for stage in recipe.train:
         if stage.model == "vlm":
             datasets = [data[name] for name in stage.data]
@@ -120,13 +120,22 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
     report(run, recipe, scores=results.scores, gates=results.gates)
 
 
+def _for_training(run: Run, recipe: Recipe, name: str, *, model: Ref) -> Ref:
+    """What training starts from: a Megatron checkpoint, or on the fly the HF model itself."""
+    if not recipe.convert.on_the_fly:
+        return to_mcore(run, name, recipe.convert, model=model)
+    if recipe.convert.check:
+        precision(run, name.replace("to_mcore", "precision"), recipe.convert, model=model)
+    return model
+
+
 def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref]) -> Ref:
     """The LLM donor, after the stages that train it before the swap."""
     llm = donor(run, "llm", recipe.model.llm, seed=recipe.seed)
     stages = [stage for stage in recipe.train if stage.model == "llm"]
     if not stages:
         return llm
-    trained = to_mcore(run, "to_mcore.llm", recipe.convert, model=llm)
+    trained = _for_training(run, recipe, "to_mcore.llm", model=llm)
     for stage in stages:
         datasets = [data[name] for name in stage.data]
         trained = train(run, stage, model=trained, datasets=datasets)

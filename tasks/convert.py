@@ -58,24 +58,45 @@ def to_mcore(run: Run, name: str, convert: Convert, *, model: Ref) -> Ref:
     )
 
 
+def precision(run: Run, name: str, convert: Convert, *, model: Ref) -> Ref:
+    """The precision test alone, for training that reads the HF model straight into its ranks."""
+
+    def build(context: BuildContext) -> Mapping[str, Any]:
+        from vlmcore.training.launch import run_precision_test
+
+        assert model is not None
+        rows = run_precision_test(
+            model.path,
+            model.path,
+            layouts=convert.layouts,
+            tolerance=convert.tolerance,
+            log_path=run.log_path(name),
+            out=context.path / PRECISION,
+        )
+        return {"max_logit_diff": _judge(name, rows)}
+
+    return run.stage(
+        name,
+        build,
+        kind="precision",
+        version=1,
+        params=convert.content_params(),
+        inputs={"model": model},
+        volatile=(PRECISION,),
+    )
+
+
 def export(run: Run, name: str, export: Export, *, trained: Ref) -> Ref:
     """An HF model folder of a Megatron one; reloaded, it gives the trained model's logits."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import run_precision_test
         from vlmcore.weights.architecture import check_against_architecture
-        from vlmcore.weights.convert import to_hf
 
         assert trained is not None
         work = context.scratch / "model"  # a killed build goes on there
         if not work.exists():
-            to_hf(
-                trained.path,
-                work,
-                dtype=export.dtype,
-                max_shard_size=export.max_shard_size,
-                on_progress=_in_gigabytes(run, name),
-            )
+            _write_hf(trained.path, work, export, on_progress=_in_gigabytes(run, name))
         with _proving(work):
             check_against_architecture(work)
             rows = run_precision_test(
@@ -101,6 +122,20 @@ def export(run: Run, name: str, export: Export, *, trained: Ref) -> Ref:
         volatile=(PRECISION,),
         resumable=True,
     )
+
+
+def _write_hf(
+    trained: Path, target: Path, export: Export, *, on_progress: Callable[[int, int], None]
+) -> None:
+    """HF weights of a trained model folder, Megatron's or HF's own (trained on the fly)."""
+    from vlmcore.weights.convert import CHECKPOINT, to_hf
+    from vlmcore.weights.recast import recast
+
+    options = {"dtype": export.dtype, "max_shard_size": export.max_shard_size}
+    if (trained / CHECKPOINT).is_dir():
+        to_hf(trained, target, **options, on_progress=on_progress)
+    else:
+        recast(trained, target, **options)
 
 
 @contextmanager

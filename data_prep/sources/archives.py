@@ -6,7 +6,6 @@ bytes are written, whatever the headers promise.
 """
 
 import filecmp
-import gzip
 import lzma
 import os
 import posixpath
@@ -14,12 +13,11 @@ import shutil
 import stat
 import struct
 import tarfile
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -27,23 +25,24 @@ from typing import IO
 from data_prep.files import is_inside
 from vlmcore.errors import DataError
 
-TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_CHUNK = 1 << 20
-# What zipfile, tarfile and the decompressors raise on damaged bytes.
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+_CHUNK_BYTES = 1 << 20
+_MAX_LINK_BYTES = 4096
+# What zipfile, tarfile and the decompressors raise on damaged bytes (gzip's is an OSError).
 _DAMAGE = (
-    zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError,
-    struct.error, NotImplementedError, RuntimeError, UnicodeError, ValueError,
+    zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, struct.error,
+    NotImplementedError, ValueError, OSError,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may grow to; a ratio counts once `free_bytes` have been written."""
+    """What an archive may grow to."""
 
     max_members: int = 20_000_000
     max_bytes: int = 8 * 1024**4
-    max_ratio: int = 200  # text at best 50, a black picture's raw pixels 1000
-    free_bytes: int = 1024**3
+    max_ratio: int = 200  # unpacked over packed: text comes to 20, zeros to 1000
+    min_bomb_bytes: int = 1024**3  # below it no ratio is harmful
 
 
 LIMITS = Limits()
@@ -59,23 +58,28 @@ def settle(
     Raises:
         DataError: a name leads out of `dest`, or an archive is damaged, unsafe or too large.
     """
+    archives = []
     for name, file in sorted(files.items()):
         if not is_inside(name):
             raise DataError(f"{name!r} leads out of the dataset's folder. Do not use this source.")
         target = dest / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if is_archive(file):
-            unpack(file, target.parent, limits=limits)
+            archives.append((file, target.parent))
         elif file.is_relative_to(scratch):
             file.replace(target)
         else:
             shutil.copyfile(file, target)
+    for file, folder in archives:  # last: a member never takes a file's place
+        unpack(file, folder, limits=limits)
 
 
 def is_archive(file: Path) -> bool:
     """Whether a file is to be unpacked; a webdataset shard is a tar too, but stays as it is."""
     name = file.name.lower()
-    return name.endswith((".zip", *TARS)) or (name.endswith(".tar") and not _is_shard(file))
+    if name.endswith((".zip", *COMPRESSED_TARS)):
+        return True
+    return name.endswith(".tar") and not _is_shard(file)
 
 
 def _is_shard(file: Path) -> bool:
@@ -85,8 +89,8 @@ def _is_shard(file: Path) -> bool:
             names = [one.name for one in islice((one for one in tar if one.isreg()), 2)]
     except (tarfile.TarError, OSError):
         return False  # its damage is told when it is unpacked
-    keys = [posixpath.join(posixpath.dirname(n), posixpath.basename(n).split(".")[0]) for n in names]
-    return len(keys) == 2 and keys[0] == keys[1] and names[0] != names[1]
+    keys = {name[: name.find(".", name.rfind("/") + 1)] for name in names}
+    return len(set(names)) == 2 and len(keys) == 1
 
 
 def unpack(archive: Path, target: Path, *, limits: Limits = LIMITS) -> None:
@@ -96,34 +100,149 @@ def unpack(archive: Path, target: Path, *, limits: Limits = LIMITS) -> None:
         DataError: with the names of the archive and the member: a path or link that leads out, a
             device, an encrypted or damaged member, another file in its place, or too much of it.
     """
-    writer = _Writer(archive, target, limits)
+    unpacking = _Unpacking(archive, target, limits)
     members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
-    with _naming_damage(writer):
-        for name, kind, link, opened in members(archive, writer):
-            if kind == "link":
-                writer.link(name, link)
-            elif kind == "file":
-                writer.write(name, opened)
+    try:
+        for member in members(archive):
+            unpacking.take(member)
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's, not the archive's
+        raise unpacking.fault(f"is damaged ({error or type(error).__name__})") from error
 
 
-Member = tuple[str, str, str, Callable[[], IO[bytes]]]  # name, kind, link's target, content
+@dataclass(frozen=True)
+class _Member:
+    """A file, a link (`link` is what it names, relative to the archive), or what is refused."""
+
+    name: str
+    open: Callable[[], AbstractContextManager[IO[bytes]]] | None = None
+    link: str | None = None
+    is_folder: bool = False
+    refused: str = ""
 
 
-def _zip_members(archive: Path, writer: "_Writer") -> Iterator[Member]:
+class _Unpacking:
+    """Writes members and keeps account of them."""
+
+    def __init__(self, archive: Path, target: Path, limits: Limits) -> None:
+        self._archive = archive
+        self._target = target
+        self._limits = limits
+        self._packed_bytes = max(1, archive.stat().st_size)
+        self._num_members = 0
+        self._num_bytes = 0
+        self._name = "the first member"
+
+    def fault(self, what: str) -> DataError:
+        """The error for the member that is being looked at."""
+        return DataError(
+            f"{self._archive.name}: {self._name} {what}. Fetch the archive again; if it is meant "
+            "to be so, unpack it by hand and give the folder as path:DIR."
+        )
+
+    def take(self, member: _Member) -> None:
+        """Write a member to its place.
+
+        Raises:
+            DataError: it is unsafe, or the archive has grown past its limits.
+        """
+        self._name = repr(member.name)
+        self._num_members += 1
+        if self._num_members > self._limits.max_members:
+            raise self.fault(f"is one more than the {self._limits.max_members} members allowed")
+        if member.refused:
+            raise self.fault(member.refused)
+        if member.is_folder:
+            return
+        target = self._place(member.name, "leads out of the dataset's folder")
+        draft = target.with_name(f".{target.name[:200]}.part")
+        if member.open is not None:
+            with member.open() as source, draft.open("wb") as file:
+                for chunk in iter(lambda: source.read(_CHUNK_BYTES), b""):
+                    self._count(len(chunk))
+                    file.write(chunk)
+        else:
+            self._link(str(member.link), draft)
+        self._publish(draft, target)
+
+    def _place(self, name: str, fault: str) -> Path:
+        name = posixpath.normpath(name.replace("\\", "/")) if name.startswith("./") else name
+        if not is_inside(name.replace("\\", "/")) or name.strip("/") in ("", "."):
+            raise self.fault(fault)
+        target = self._target / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target
+
+    def _link(self, link: str, draft: Path) -> None:
+        first = self._place(posixpath.normpath(link), f"is a link that leads out, to {link!r}")
+        if not first.is_file():
+            raise self.fault(f"is a link to {link!r}, which is no file that came before it")
+        os.link(first, draft)
+
+    def _publish(self, draft: Path, target: Path) -> None:
+        if not target.exists():
+            draft.rename(target)
+            return
+        is_same = target.is_file() and filecmp.cmp(draft, target, shallow=False)
+        draft.unlink()
+        if not is_same:
+            raise self.fault("would take the place of another file")
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limits.max_bytes:
+            raise self.fault(f"grows past the {self._limits.max_bytes} bytes allowed")
+        ratio = self._num_bytes / self._packed_bytes
+        if self._num_bytes > self._limits.min_bomb_bytes and ratio > self._limits.max_ratio:
+            raise self.fault(
+                f"is part of a bomb: {self._packed_bytes} bytes have grown to more than "
+                f"{self._num_bytes}, {self._limits.max_ratio} times as many are allowed"
+            )
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
-            writer.enter(info.filename)
-            mode = stat.S_IFMT(info.external_attr >> 16)
+            name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
             if info.flag_bits & 1:
-                raise writer.fault("is encrypted")
-            if mode == stat.S_IFLNK:
-                if info.file_size > 4096:
-                    raise writer.fault("is a link with an absurd target")
-                link = posixpath.join(posixpath.dirname(info.filename), file.read(info).decode())
-                yield info.filename, "link", link, file.fp.__class__
+                yield _Member(name, refused="is encrypted")
             elif info.is_dir():
-                yield info.filename, "folder", "", file.fp.__class__
-            elif mode in (0, stat.S_IFREG):
-                yield info.filename, "file", "", lambda info=info: file.open(info)
+                yield _Member(name, is_folder=True)
+            elif kind == stat.S_IFLNK and info.file_size <= _MAX_LINK_BYTES:
+                link = file.read(info).decode()
+                yield _Member(name, link=posixpath.join(posixpath.dirname(name), link))
+            elif kind in (0, stat.S_IFREG):
+                yield _Member(name, open=lambda info=info: file.open(info))
             else:
-                raise writer.fault("is a device or another thing that is no file")
+                yield _Member(name, refused="is neither a file nor a folder")
+
+
+class _StrictInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header behind the first one for the end, and says nothing."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):  # noqa: ANN001, ANN206 - tarfile's own signature
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}; it may be cut short") from error
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive, "r|*", tarinfo=_StrictInfo) as tar:
+        for info in tar:
+            tar.members.clear()  # tarfile keeps every member that it has seen
+            if info.isdir():
+                yield _Member(info.name, is_folder=True)
+            elif info.issym():
+                link = posixpath.join(posixpath.dirname(info.name), info.linkname)
+                yield _Member(info.name, link=link)
+            elif info.islnk():
+                yield _Member(info.name, link=info.linkname)
+            elif info.isreg():
+                yield _Member(info.name, open=lambda info=info: tar.extractfile(info))
+            else:
+                yield _Member(info.name, refused="is neither a file nor a folder")

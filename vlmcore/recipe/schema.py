@@ -29,6 +29,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 Operational = partial(Field, json_schema_extra={"operational": True})
 Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
 
 # The path of the field to mend, seen from the section that checks, and a sentence.
 CrossFieldFault = tuple[tuple[str | int, ...], str]
@@ -94,8 +95,24 @@ class Dataset(Section):
     """One source of conversations and what becomes of it."""
 
     source: Source = Field(description="`builtin:NAME` or `path:DIR_OR_JSONL`.")
-    format: Literal["messages"] = Field(
-        default="messages", description="Layout of the raw rows: `messages` is ms-swift's JSONL."
+    format: Literal[
+        "messages", "sharegpt", "llava", "alpaca", "query_response", "text", "parquet",
+        "webdataset", "auto",
+    ] = Field(
+        default="messages",
+        description="Layout of the raw rows: `messages` is ms-swift's and OpenAI's; `auto`, "
+        "`parquet` and `webdataset` tell it by each row's columns.",
+    )  # fmt: skip
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="The source's column to the name that the format knows it by, such as "
+        "{formula: response}.",
+    )
+    prompt: str | None = Field(
+        default=None, description="Question put to rows that have an answer but none of their own."
+    )
+    media_dir: str = Field(
+        default="", description="Folder of the dataset that its rows' image paths are relative to."
     )
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="Options of a builtin source, such as num_train."
@@ -103,12 +120,56 @@ class Dataset(Section):
     max_bad_ratio: Fraction = Field(
         default=0.01, description="Share of unusable rows (0 to 1) past which the stage stops."
     )
+    max_chars: int = Field(
+        default=1_000_000, gt=0, description="Characters of a conversation; longer ones are left out."
+    )
+    duplicates: Literal["keep", "exact", "perceptual"] = Field(
+        default="keep",
+        description="Repeated samples: kept, or left out but the first. `exact`: same texts and "
+        "bytes; `perceptual`: also same texts with images that look the same.",
+    )
+    split_ratios: tuple[NonNegative, NonNegative, NonNegative] | None = Field(
+        default=None,
+        description="Parts of train, val and test, such as [9, 1, 0]; empty: the source's splits.",
+    )
+    split_by: Literal["image", "sample", "group"] = Field(
+        default="image",
+        description="What is never in two splits: an image, a sample, or a value of group_column.",
+    )
+    split_seed: int = Field(default=0, ge=0, description="Which sample goes to which split.")
+    group_column: str | None = Field(
+        default=None, description="Column whose value keeps rows together with split_by: group."
+    )
+    sample_type: Literal["chat", "vqa", "captioning"] = Field(
+        default="chat",
+        description="Energon's sample type: conversations, or its VQASample or CaptioningSample.",
+    )
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        description="How often it is drawn from where a stage reads several datasets, relative to "
+        "the others.",
+    )
     max_samples_per_shard: int = Field(
         default=10_000, gt=0, description="Samples in one webdataset shard at most."
+    )
+    max_shard_bytes: int = Field(
+        default=4 * 1024**3, gt=0, description="Bytes of one webdataset shard at most."
     )
     num_workers: int = Operational(
         default=2, gt=0, description="Processes that write shards; does not change the result."
     )
+
+    @model_validator(mode="after")
+    def _dealt_as_asked(self) -> Dataset:
+        faults: list[CrossFieldFault] = []
+        if self.split_ratios is not None and not any(self.split_ratios):
+            faults.append((("split_ratios",), "all are 0; give one split a part"))
+        if self.split_by == "group" and self.group_column is None:
+            faults.append((("group_column",), "empty, but split_by is `group`; name the column"))
+        if faults:
+            raise CrossFieldError(faults)
+        return self
 
 
 class Convert(Section):

@@ -62,12 +62,13 @@ def conversion_report(
         "dropped": dict(plan.dropped),
         "dequantized": dict(dequantized),
         "bytes": sum(one.size_bytes for one in done),
-        "digest": _total(tensors),
+        "digest": total_digest(tensors),
         "tensors": dict(sorted(tensors.items())),
         "boxes": dict(sorted(boxes.items())),
     }
 
 
-def _total(digests: Mapping[str, str]) -> str:
+def total_digest(digests: Mapping[str, str]) -> str:
+    """One digest of many tensors, by their names and digests."""
     joined = "".join(f"{key}:{digest}\n" for key, digest in sorted(digests.items()))
     return hashlib.sha256(joined.encode()).hexdigest()
