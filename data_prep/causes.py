@@ -49,6 +49,9 @@ class Dropped:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.counts)  # a plain dict where it was read from a file
+
     def add(self, where: str, error: BadRowError) -> None:
         """Count a bad row; the first few of each cause are remembered."""
         self.counts[error.cause] += 1

@@ -32,7 +32,8 @@ def check_conversation(conversation: Conversation, *, max_chars: int = MAX_CHARS
     Raises:
         BadRowError: `bad_role`, `bad_content`, `empty_answer`, `tag_mismatch` or `too_long`.
     """
-    for messages in filter(None, [conversation.messages, conversation.rejected]):
+    rejected = [] if conversation.rejected is None else [conversation.rejected]
+    for messages in [conversation.messages, *rejected]:
         _check_roles([turn["role"] for turn in messages])
         for turn in messages:
             _check_content(turn["role"], turn["content"])

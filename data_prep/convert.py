@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.formats import RowFormat
+from data_prep.rows import Pick
 from data_prep.samples import RowReader
 from data_prep.shards import REPORT_NAME, ShardReport, write_shards
 from data_prep.splits import Deal, deal
@@ -26,7 +27,7 @@ def convert(
     Args:
         dataset: its section of a recipe.
         work_dir: what a killed call finished is kept there, and removed at the end.
-        tables: split → files of rows; None: all that the folder holds.
+        tables: split → files of rows; None: those that `dataset` means.
         run: a `map` over other machines, instead of processes of this one.
 
     Raises:
@@ -50,7 +51,8 @@ def convert(
             where,
             max_bad_ratio=dataset.max_bad_ratio,
             reader=row_reader(raw_dir, dataset),
-            tables=tables or find_tables(raw_dir),
+            tables=tables or find_tables(raw_dir, subset=dataset.subset, split=dataset.split),
+            pick=Pick(dataset.limit, dataset.sample, dataset.sample_seed),
             work_dir=work_dir / "parts",
             run=run,
             **limits,

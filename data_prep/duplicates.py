@@ -12,8 +12,9 @@ from PIL import Image
 from data_prep.images import DECODE_ERRORS
 from data_prep.rows import IMAGE_MEMBERS
 
-HASH_SIDE = 8  # dHash of 8 x 8 bits
-NEAR_BITS = 3  # as many of the 64 bits may differ between images that look the same
+HASH_SIDE = 8  # dHash of 8 x 8 bits in each direction
+HASH_BITS = 2 * HASH_SIDE * HASH_SIDE
+NEAR_BITS = 3  # as many of them may differ between images that look the same
 BANDS = NEAR_BITS + 1  # two hashes within NEAR_BITS agree in one of so many bands
 
 
@@ -54,14 +55,16 @@ def sample_facts(key: str, members: dict[str, bytes], *, looks: bool) -> SampleF
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """dHash: whether each of 8 x 8 areas is brighter than its right neighbour, as 64 bits.
+    """dHash: whether each of 8 x 8 areas is brighter than its right, then its lower neighbour.
 
-    Scaling, recompression and small changes of colour leave nearly all bits as they are.
+    Scaling, recompression and small changes of colour leave nearly all 128 bits as they are.
     """
-    grey = np.asarray(
-        image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX), dtype=np.int16
+    grey = image.convert("L")
+    wide, high = (
+        np.asarray(grey.resize(size, Image.Resampling.BOX), dtype=np.int16)
+        for size in ((HASH_SIDE + 1, HASH_SIDE), (HASH_SIDE, HASH_SIDE + 1))
     )
-    bits = (grey[:, 1:] > grey[:, :-1]).flatten()
+    bits = np.concatenate([(wide[:, 1:] > wide[:, :-1]).ravel(), (high[1:] > high[:-1]).ravel()])
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
@@ -119,7 +122,7 @@ def find_duplicates(facts: Iterable[SampleFacts], *, near: bool) -> dict[str, tu
 
 
 def _parts(look: int) -> Sequence[int]:
-    width = HASH_SIDE * HASH_SIDE // BANDS
+    width = HASH_BITS // BANDS
     return [(look >> (width * i)) & ((1 << width) - 1) for i in range(BANDS)]
 
 

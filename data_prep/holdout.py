@@ -11,8 +11,10 @@ from pathlib import Path
 from data_prep.causes import BadRowError, Dropped
 from data_prep.conversation import IMAGE_TAG
 from data_prep.files import link_or_copy
+from data_prep.formats import RowFormat
 from data_prep.rows import row_ranges
 from data_prep.samples import RawSample, RowReader, read_samples
+from data_prep.shards import read_report
 from data_prep.tables import find_tables
 from vlmcore.errors import DataError
 
@@ -71,6 +73,25 @@ def write_holdout(
     if report.dropped:
         log.warning("%s: rows left out of the holdout:\n%s", raw_dir, dropped.describe())
     return report
+
+
+def write_holdout_of_shards(
+    shards_dir: Path, dest: Path, *, split: str = "test", limit: int | None = None
+) -> HoldoutReport:
+    """The same of a split of finished shards.
+
+    Raises:
+        DataError: the split is missing or has no such sample.
+    """
+    shards = read_report(shards_dir).shards
+    return write_holdout(
+        shards_dir,
+        dest,
+        split=split,
+        limit=limit,
+        reader=RowReader(shards_dir, RowFormat("webdataset")),
+        tables={name: [shards_dir / tar for tar in tars] for name, tars in shards.items()},
+    )
 
 
 def _records(files: list[Path], dest: Path, reader: RowReader, dropped: Dropped) -> Iterator[dict]:

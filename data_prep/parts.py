@@ -6,7 +6,7 @@ kill goes on behind the last of them.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.causes import Dropped
@@ -118,7 +118,7 @@ class PartWriter:
         if not part.num_samples:
             self._path.unlink()
         unfinished = self._record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(asdict(part)), encoding="utf-8")
+        unfinished.write_text(json.dumps({**vars(part), "dropped": vars(part.dropped)}), encoding="utf-8")
         unfinished.replace(self._record)
         return part
 

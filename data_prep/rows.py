@@ -4,9 +4,10 @@ A range is found without reading the rows before it, so that any process can tak
 """
 
 import json
+import random
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RowRange:
         key_prefix: what stands before a row's number in the key of its sample.
         offset: where the range starts: a byte of a JSONL, JSON or tar file, a row of a parquet.
         first: number of the first row, counted from 1; of a JSONL file, as editors count lines.
+        picked: numbers of the rows that are read; None: all.
     """
 
     table: Path
@@ -39,6 +41,16 @@ class RowRange:
     offset: int
     first: int
     num_rows: int
+    picked: frozenset[int] | None = None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Which rows of a split are read: its first `limit`, and of those `sample` drawn at random."""
+
+    limit: int | None = None
+    sample: int | None = None
+    seed: int = 0
 
 
 def row_ranges(table: Path, *, key_prefix: str, max_rows: int) -> Iterator[RowRange]:
@@ -52,6 +64,53 @@ def row_ranges(table: Path, *, key_prefix: str, max_rows: int) -> Iterator[RowRa
     for offset, num_rows in kinds[table.suffix](table, max_rows):
         yield RowRange(table, key_prefix, offset, first, num_rows)
         first += num_rows
+
+
+def split_ranges(split: str, files: Sequence[Path], *, max_rows: int, pick: Pick) -> list[RowRange]:
+    """The ranges of all tables of a split.
+
+    Raises:
+        DataError: a table that is no JSONL does not open or is not whole.
+    """
+    ranges = _limited(_cut_all(split, files, max_rows), pick.limit)
+    total = sum(rows.num_rows for rows in ranges)
+    if pick.sample is None or pick.sample >= total:
+        return ranges
+    # ranges as much longer as rows are fewer: shards keep their size
+    longer = max_rows * (total // pick.sample)
+    ranges = _limited(_cut_all(split, files, longer), pick.limit)
+    drawn = sorted(random.Random(f"{pick.seed}:{split}").sample(range(total), pick.sample))
+    picked, done, numbers = [], 0, iter([*drawn, total])
+    number = next(numbers)
+    for rows in ranges:
+        mine = set()
+        while number < done + rows.num_rows:
+            mine.add(rows.first + number - done)
+            number = next(numbers)
+        done += rows.num_rows
+        picked.append(replace(rows, picked=frozenset(mine)))
+    return [rows for rows in picked if rows.picked]
+
+
+def _cut_all(split: str, files: Sequence[Path], max_rows: int) -> list[RowRange]:
+    # rows of the only file of a split are known by their number alone
+    prefixes = [split] if len(files) == 1 else [f"{split}-{n:03d}" for n in range(len(files))]
+    return [
+        rows
+        for file, prefix in zip(files, prefixes, strict=True)
+        for rows in row_ranges(file, key_prefix=prefix, max_rows=max_rows)
+    ]
+
+
+def _limited(ranges: list[RowRange], limit: int | None) -> list[RowRange]:
+    if limit is None:
+        return ranges
+    kept = []
+    for rows in ranges:
+        if limit > 0:
+            kept.append(replace(rows, num_rows=min(limit, rows.num_rows)))
+            limit -= rows.num_rows
+    return kept
 
 
 def read_rows(rows: RowRange) -> Iterator[tuple[int, Row]]:

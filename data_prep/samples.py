@@ -67,7 +67,7 @@ def read_samples(
     if not reader.media_dir and rows.table.parent != reader.root:
         roots.append(rows.table.parent)
     for number, row in read_rows(rows):
-        if number < start:
+        if number < start or (rows.picked is not None and number not in rows.picked):
             continue
         if isinstance(row, BadRowError):
             yield number, row

@@ -22,7 +22,7 @@ from data_prep.causes import Dropped
 from data_prep.files import link_or_copy
 from data_prep.formats import RowFormat
 from data_prep.parts import Part, write_range
-from data_prep.rows import row_ranges
+from data_prep.rows import Pick, split_ranges
 from data_prep.samples import RowReader
 from data_prep.tables import find_tables
 from data_prep.workers import mapper
@@ -57,6 +57,7 @@ def write_shards(
     num_workers: int,
     reader: RowReader | None = None,
     tables: dict[str, list[Path]] | None = None,
+    pick: Pick | None = None,
     max_samples_per_shard: int = MAX_SAMPLES_PER_SHARD,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     work_dir: Path | None = None,
@@ -69,6 +70,7 @@ def write_shards(
         num_workers: processes, each at one shard; 1 works in this process.
         reader: how rows are read; None: the `messages` format, media beside the tables.
         tables: split → files of rows; None: those that `raw_dir` holds.
+        pick: which rows of each split are read; None: all.
         max_shard_bytes: a shard is closed before it would grow past this; a single larger sample
             gets a shard of its own.
         work_dir: where a killed call left its finished parts, which are kept; None: none are.
@@ -86,13 +88,10 @@ def write_shards(
     ):
         parts_dir = work_dir or Path(own)
         parts_dir.mkdir(parents=True, exist_ok=True)
+        ranges = partial(split_ranges, max_rows=max_samples_per_shard, pick=pick or Pick())
         write = partial(write_range, dest=parts_dir, reader=reader, max_shard_bytes=max_shard_bytes)
         written = {
-            split: [
-                part
-                for parts in (run or here)(write, _ranges(split, files, max_samples_per_shard))
-                for part in parts
-            ]
+            split: [part for parts in (run or here)(write, ranges(split, files)) for part in parts]
             for split, files in tables.items()
         }
         report = _report(raw_dir, written, max_bad_ratio=max_bad_ratio)
@@ -132,16 +131,6 @@ def write_report(report: ShardReport, dest: Path) -> None:
 def shard_name(split: str, number: int) -> str:
     """Name of a split's shard; energon tells splits apart by it."""
     return f"{split}-{number:06d}.tar"
-
-
-def _ranges(split: str, files: list[Path], max_rows: int) -> list:
-    # rows of the only file of a split are known by their number alone
-    prefixes = [split] if len(files) == 1 else [f"{split}-{n:03d}" for n in range(len(files))]
-    return [
-        rows
-        for file, prefix in zip(files, prefixes, strict=True)
-        for rows in row_ranges(file, key_prefix=prefix, max_rows=max_rows)
-    ]
 
 
 def _tars(parts: list[Part]) -> list[Part]:

@@ -74,6 +74,8 @@ def find_tables(
     readme = folder / README
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     chosen = choose_tables(names, where=str(folder), readme=text, subset=subset, split=split)
+    if not chosen:
+        raise DataError(f"{folder}: no table of rows there. Expected a file {', '.join(KINDS)}.")
     return {ours: [folder / name for name in files] for ours, files in chosen.items()}
 
 
@@ -87,18 +89,20 @@ def choose_tables(
 ) -> dict[str, list[str]]:
     """As `find_tables`, of the files' names alone: also before any of them has been fetched.
 
+    Empty without any table: it may be in an archive that is still to be fetched.
+
     Args:
         names: Paths relative to the folder.
         where: What an error calls the folder.
         readme: Text of its README.md.
 
     Raises:
-        DataError: As `find_tables`.
+        DataError: As `find_tables`, but for having no table.
     """
     names = sorted(names, key=_natural)
     tables = _declared(names, readme) or _laid_out(names)
     if not tables:
-        raise DataError(f"{where}: no table of rows there. Expected a file {', '.join(KINDS)}.")
+        return {}
     return _by_split(_of_subset(tables, subset, where=where), split, where=where)
 
 

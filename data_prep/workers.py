@@ -4,14 +4,21 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 
+from vlmcore.errors import DataError
+
 
 @contextmanager
 def mapper(num_workers: int) -> Iterator[Callable]:
-    """A `map` over so many processes, or in this one."""
+    """A `map` over so many processes, or in this one.
+
+    Raises:
+        DataError: a process was killed.
+    """
     if num_workers == 1:
         yield map
         return
@@ -19,7 +26,13 @@ def mapper(num_workers: int) -> Iterator[Callable]:
     with ProcessPoolExecutor(
         num_workers, mp_context=get_context("spawn"), initializer=_end_with_parent
     ) as pool:
-        yield pool.map
+        try:
+            yield pool.map
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that wrote shards died, as when memory runs out. Run again with fewer "
+                "workers: whole shards are kept."
+            ) from error
 
 
 def _end_with_parent() -> None:

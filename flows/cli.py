@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from flows.convert_command import convert_app
+from flows.data_command import data_app
 from flows.swap_command import swap
 from vlmcore.errors import GateError, VlmflowError
 
@@ -38,6 +39,7 @@ app.add_typer(artifacts_app, name="artifacts")
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(convert_app, name="convert")
+app.add_typer(data_app, name="data")
 
 RecipeArg = Annotated[
     str, typer.Argument(help="A recipe file, or the name of one in deployments/recipes.")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
+
+if TYPE_CHECKING:
+    from vlmcore.layout import Layout
 
 convert_app = typer.Typer(
     help="Move weights between HF safetensors and Megatron-Core torch_dist.", no_args_is_help=True
@@ -52,21 +55,35 @@ def to_mcore_command(
     nproc: NprocOption = None,
     dtype: DtypeOption = None,
     check: CheckOption = False,
-    tp: Annotated[
-        list[int], typer.Option(min=1, help="Tensor parallel size of the check; may be repeated.")
-    ] = [1],  # noqa: B006 - typer reads it
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size of the check.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline parallel size of the check.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Model chunks a pipeline stage.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert parallel size of the check.")] = 1,
+    etp: Annotated[int, typer.Option(min=1, help="Tensor parallel size of the experts.")] = 1,
     json_: JsonOption = False,
 ) -> None:
     """HF safetensors to a Megatron-Core checkpoint, loadable at any parallel layout.
 
     Interrupted, the same command continues where it stopped. Exit code 1: the check failed.
     """
+    from vlmcore.layout import Layout
     from vlmcore.weights.convert import to_mcore
 
+    if check and dtype is not None:
+        raise typer.BadParameter(
+            "it compares with SRC as stored; leave --dtype out", param_hint="--check"
+        )
+    layout = Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
     with _progress("to-mcore") as hear:
         report = to_mcore(source, target, dtype=dtype, num_processes=nproc, on_progress=hear)
     if check:
-        report["precision"] = _precision(source, target, layouts=tp, out=target, dtype=dtype)
+        report["precision"] = _precision(source, target, layout=layout, out=target, dtype=None)
     _finish(report, target, json_=json_)
 
 
@@ -86,6 +103,7 @@ def to_hf_command(
 
     Interrupted, the same command continues where it stopped. Exit code 1: the check failed.
     """
+    from vlmcore.layout import Layout
     from vlmcore.weights.convert import to_hf
     from vlmcore.weights.safetensors_io import parse_size
 
@@ -99,7 +117,7 @@ def to_hf_command(
             on_progress=hear,
         )  # fmt: skip
     if check:
-        report["precision"] = _precision(target, source, layouts=[1], out=target, dtype=dtype)
+        report["precision"] = _precision(target, source, layout=Layout(), out=target, dtype=dtype)
     _finish(report, target, json_=json_)
 
 
@@ -119,16 +137,15 @@ def _progress(name: str) -> Iterator[Any]:
 
 
 def _precision(
-    hf_dir: Path, mcore_dir: Path, *, layouts: Sequence[int], out: Path, dtype: str | None
+    hf_dir: Path, mcore_dir: Path, *, layout: Layout, out: Path, dtype: str | None
 ) -> list[dict[str, Any]]:
-    from vlmcore.layout import Layout
     from vlmcore.training.launch import run_precision_test
 
     with console.status("comparing logits …"):
         return run_precision_test(
             hf_dir,
             mcore_dir,
-            layouts=[Layout(tensor_model_parallel_size=size) for size in layouts],
+            layouts=[layout],
             tolerance=TOLERANCE,
             log_path=out.with_name(f"{out.name}.precision.log"),
             out=out / "precision.json",

@@ -94,7 +94,7 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
     model = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed)
     if recipe.model.llm is not None:
         llm = _taught_llm(run, recipe, data)
-        model = swap(run, vlm=model, llm=llm, seed=recipe.seed)
+        model = swap(run, vlm=model, llm=llm, seed=recipe.seed, shell=recipe.model.shell)
 
     checkpoints = {"swap": model}
     trained = _for_training(run, recipe, "to_mcore", model=model)

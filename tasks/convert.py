@@ -82,7 +82,6 @@ def precision(run: Run, name: str, convert: Convert, *, model: Ref) -> Ref:
         version=1,
         params=convert.content_params(),
         inputs={"model": model},
-        volatile=(PRECISION,),
     )
 
 

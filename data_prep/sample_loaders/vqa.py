@@ -11,7 +11,9 @@ def sample_loader(raw: dict) -> dict:
     turns = {turn["role"]: turn["content"] for turn in raw["json"]["messages"]}
     images = raw["json"]["images"]
     if len(images) != 1 or len(raw["json"]["messages"]) - ("system" in turns) != 2:
-        raise ValueError(f"{raw['__key__']}: not one question about one image; use sample type chat")
+        raise ValueError(
+            f"{raw['__key__']}: not one question about one image; use sample type chat"
+        )
     return {
         "image": raw[images[0]],
         "context": turns["user"].replace("<image>", "").strip(),

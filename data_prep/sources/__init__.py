@@ -26,7 +26,7 @@ class Source(Protocol):
     def collect(
         self, location: str, scratch: Path, *, wanted: Wanted, pinned: str
     ) -> Mapping[str, Path]:
-        """Name in the dataset → file; files in `scratch` may be moved away, others are copied."""
+        """Name in the dataset → file; files in `scratch` are linked, others are copied."""
 
 
 SOURCES: dict[str, Source] = {

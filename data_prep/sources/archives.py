@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from data_prep.files import is_inside
+from data_prep.files import is_inside, link_or_copy
 from vlmcore.errors import DataError
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -51,7 +51,7 @@ LIMITS = Limits()
 def settle(
     files: Mapping[str, Path], dest: Path, *, scratch: Path, limits: Limits = LIMITS
 ) -> None:
-    """Bring the files to their names in `dest`: those in `scratch` are moved, others copied.
+    """Bring the files to their names in `dest`: those in `scratch` as links, others as copies.
 
     Archives are unpacked into the folder that they lie in, and are not kept.
 
@@ -67,7 +67,7 @@ def settle(
         if is_archive(file):
             archives.append((file, target.parent))
         elif file.is_relative_to(scratch):
-            file.replace(target)
+            link_or_copy(file, target)  # a killed settling finds its downloads again
         else:
             shutil.copyfile(file, target)
     for file, folder in archives:  # last: a member never takes a file's place

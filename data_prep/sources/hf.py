@@ -137,9 +137,13 @@ def _explained(location: str, revision: str | None):  # noqa: ANN202
     import httpx
     from huggingface_hub import constants
     from huggingface_hub.errors import (
-        GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled,
-        RepositoryNotFoundError, RevisionNotFoundError,
-    )  # fmt: skip
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     where = f"hf:{location} on {constants.ENDPOINT}"
     try:

@@ -25,7 +25,6 @@ MAX_ATTEMPTS = 5  # in a row that bring nothing
 BACKOFF_S = 1.0  # doubled each time
 MAX_WAIT_S = 60.0
 READ_TIMEOUT_S = 60.0
-_CHUNK_BYTES = 1 << 20
 _TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _REMEDIES = {
     401: "It asks for a login: put it into ~/.netrc, or the hub's token into the environment.",
@@ -178,7 +177,7 @@ def _continue(client: "httpx.Client", wanted: Download, part: Path) -> None:
         total = _total(response)
         goes_on = response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
         with part.open("ab" if response.status_code == 206 and goes_on else "wb") as file:
-            for chunk in response.iter_raw(_CHUNK_BYTES):
+            for chunk in response.iter_raw():  # as it comes: a break loses what is held back
                 file.write(chunk)
     if total is not None and _size(part) < total:
         raise _ComeBackError(f"broke off at byte {_size(part)} of {total}")

@@ -146,11 +146,11 @@ def _explained(url: str) -> Iterator[None]:
     except (ConnectionError, TimeoutError) as error:
         raise unreachable(url, error) from error
     except _botocore_errors() as error:
-        if type(error).__name__ == "NoCredentialsError":
-            raise DataError(
-                f"{url}: no credentials. Set AWS_ACCESS_KEY_ID and its secret."
-            ) from error
-        raise unreachable(url, error) from error
+        if type(error).__name__ != "NoCredentialsError":
+            raise unreachable(url, error) from error
+        raise DataError(
+            f"{url}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        ) from error
 
 
 def _botocore_errors() -> tuple[type[Exception], ...]:

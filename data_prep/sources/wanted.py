@@ -32,8 +32,8 @@ class Wanted:
         since only the rows tell which images they need.
 
         Raises:
-            DataError: `include` fits nothing, or `find_tables` would find nothing or be in doubt:
-                said before gigabytes have been fetched.
+            DataError: `include` fits nothing, or `find_tables` would be in doubt: said before
+                gigabytes have been fetched.
         """
         here = sorted(name for name in names if not any(p[:1] == "." for p in name.split("/")))
         if self.include:

@@ -44,5 +44,5 @@ def test_a_holdout_without_a_record_or_a_split_is_an_error(make_raw, row, tmp_pa
     raw = make_raw(test=[row("No image?", images=())])
     with pytest.raises(DataError, match="no row that asks one question about one image"):
         write_holdout(raw, tmp_path / "holdout")
-    with pytest.raises(DataError, match="needs the dataset's val split"):
+    with pytest.raises(DataError, match="has no val split"):
         write_holdout(raw, tmp_path / "holdout", split="val")

@@ -103,7 +103,7 @@ def test_the_fingerprint_of_a_builtin_is_its_name_and_version():
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("gopher:data", {}, "builtin:…, path:…"),
+        ("gopher:data", {}, "builtin:…, hf:…, http:…, https:…, modelscope:…, path:…, s3:…"),
         ("data.jsonl", {}, "not known"),
         ("builtin:handwriting", {}, "builtin:handwritten_numbers, builtin:written_numbers"),
         ("builtin:written_numbers", {"trian": 5}, "trian.*Its options are train, val"),

@@ -19,7 +19,9 @@ def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
     results = {}
     for name, case in cases.items():
         layouts = [Layout(**sizes) for sizes in case["layouts"]]
-        rows = precision_test(Path(case["hf"]), Path(case["mcore"]), layouts=layouts, tolerance=1e-5)
+        rows = precision_test(
+            Path(case["hf"]), Path(case["mcore"]), layouts=layouts, tolerance=1e-5
+        )
         results[name] = [row.row() for row in rows]
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))

@@ -1,6 +1,5 @@
 """What every family owes; a new one gets these tests by its name in FAMILIES and a tiny model."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterable
@@ -15,7 +14,6 @@ from tests.tiny.forms import as_hub, as_memory
 from tests.tiny.models import BUILDERS
 from vlmcore.errors import WeightError
 from vlmcore.families import FAMILIES, family_of, read_config
-from vlmcore.training.launch import launch
 from vlmcore.weights.architecture import architecture_shapes, published_shapes
 from vlmcore.weights.convert import to_hf, to_mcore
 from vlmcore.weights.plan import build_plan
@@ -29,7 +27,6 @@ MODELS: list[tuple[str, dict[str, object]]] = [
 ]
 IDS = ["-".join([name, *(f"{k}={v}" for k, v in options.items())]) for name, options in MODELS]
 FORMS = {"hub": as_hub, "memory": as_memory}
-LAYOUTS = (1, 2)
 WEIGHTS = "model.safetensors"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -221,29 +218,3 @@ def test_the_decoder_shape_agrees_with_the_architecture(model_dir: Path) -> None
         for key in shapes
         if key.startswith(f"{prefix}layers.")
     }
-
-
-@pytest.mark.slow
-def test_megatron_computes_what_transformers_computes(
-    tiny_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    pairs = {}
-    for (name, tied), case in zip(MODELS, IDS, strict=True):
-        to_mcore(tiny_model(name, tied=tied), tmp_path / case)
-        pairs[case] = (str(tiny_model(name, tied=tied)), str(tmp_path / case))
-    other = pairs[IDS[0]][1]
-    pairs["weights of another seed"] = (str(tiny_model(MODELS[0][0], seed=7)), other)
-    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-    launch(
-        "tests.families.parity",
-        [str(tmp_path / "pairs.json"), str(tmp_path / "out.json"), *map(str, LAYOUTS)],
-        nproc_per_node=max(LAYOUTS),
-        log_path=tmp_path / "log",
-    )
-    out = json.loads((tmp_path / "out.json").read_text())
-    assert not any(row["passed"] for row in out.pop("weights of another seed"))
-    for case, rows in out.items():
-        assert {row["tensor_model_parallel_size"] for row in rows} == set(LAYOUTS)
-        assert max(row["max_diff"] for row in rows) <= 1e-5, (case, rows)
-        vision = FAMILIES[MODELS[IDS.index(case)][0]].vision is not None
-        assert ("two images" in {row["sample"] for row in rows}) == vision

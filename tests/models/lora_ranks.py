@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from peft import LoraConfig
 from torch import Tensor
 
+from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
 from vlmcore.layout import Layout
 from vlmcore.models.build import build_model
@@ -22,6 +24,7 @@ from vlmcore.models.lora import apply_lora, load_adapter, save_adapter
 from vlmcore.training.distributed import model_parallel, process_group
 from vlmcore.training.precision_samples import Sample, precision_samples
 from vlmcore.training.precision_states import MegatronStates
+from vlmcore.weights.adapter_plan import plan_adapters
 from vlmcore.weights.adapters import FreshAdapter, McoreAdapter, PeftAdapter
 
 
@@ -49,7 +52,9 @@ def whole_gradient(parameter: Tensor, layout: Layout) -> Tensor:
     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     if getattr(parameter, "sequence_parallel", False):
         dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
-    if not parameter.allreduce:  # an expert gets the tokens of all ranks around it
+    if not getattr(
+        parameter, "allreduce", True
+    ):  # an expert gets the tokens of all ranks around it
         seen_by = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
         gradient /= seen_by / (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
     return gradient
@@ -98,21 +103,37 @@ def run(case: dict, layout: Layout, out: Path, before: Path | None) -> dict:
     }
 
 
+def refusal(base: Path, layout: Layout, **config: object) -> str:
+    """What is said of an adapter that Megatron's ranks cannot hold."""
+    with model_parallel(layout, seed=0):
+        try:
+            apply_lora(build_model(base, layout=layout), plan_adapters(base, LoraConfig(**config)))
+        except TrainError as error:
+            return str(error)
+    return "taken"
+
+
 def main(cases: str, results: str) -> None:
     found: dict = {}
-    for name, case in json.loads(Path(cases).read_text()).items():
-        before = None
-        for sizes in case["layouts"]:
-            layout = Layout(**sizes)
-            out = Path(case["out"]) / str(layout)
-            # a process group a layout: those that Megatron leaves behind keep their threads
-            with process_group(num_threads=1), model_parallel(layout, seed=0):
-                found[f"{name} {layout}"] = run(case, layout, out, before)
-                dist.barrier()
-                rank = dist.get_rank()
-            before = out / "saved"
-    if rank == 0:
-        Path(results).write_text(json.dumps(found))
+    with process_group(num_threads=1):
+        for name, case in json.loads(Path(cases).read_text()).items():
+            before = None
+            for sizes in case["layouts"]:
+                layout = Layout(**sizes)
+                out = Path(case["out"]) / str(layout)
+                with model_parallel(layout, seed=0):
+                    found[f"{name} {layout}"] = run(case, layout, out, before)
+                    dist.barrier()
+                before = out / "saved"
+        base = Path(case["base"])  # the last case's, with two kv heads
+        refused = [
+            refusal(base, Layout(tensor_model_parallel_size=4), target_modules=["k_proj"]),
+            refusal(base, Layout(), target_modules=["lm_head"]),
+            refusal(base, Layout(), target_modules=["k_proj"], lora_dropout=0.1),
+        ]
+        found = {"layouts": found, "refused": refused}
+        if dist.get_rank() == 0:
+            Path(results).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,14 @@ from torch import Tensor
 from vlmcore.models.layers import PackedAttention, PositionRotary
 
 HEADS, GROUPS, DIM = 4, 2, 8
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def packed(lengths: list[int]) -> PackedSeqParams:
@@ -112,7 +120,10 @@ def test_rotary_angles_equal_transformers(section: list[int], interleaved: bool)
         0, 500, (3, rows, num_tokens), generator=torch.Generator().manual_seed(dim)
     )
     ours = PositionRotary(
-        kv_channels=dim, rotary_base=12_345.0, section=section, interleaved=interleaved
+        kv_channels=dim,
+        rope={"rope_type": "default", "rope_theta": 12_345.0},
+        section=section,
+        interleaved=interleaved,
     )
     angles = ours(positions)[:, :, 0].transpose(0, 1)  # [B, S, D]
     x = torch.zeros(rows, num_tokens, dim)
@@ -135,13 +146,34 @@ def chunked(waves_3BSD: Tensor, section: list[int]) -> Tensor:
 
 
 def test_text_positions_are_plain_rotary() -> None:
-    ours = PositionRotary(kv_channels=8, rotary_base=100.0, section=(4, 0, 0), interleaved=False)
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    ours = PositionRotary(kv_channels=8, rope=rope, section=(4, 0, 0), interleaved=False)
     angles = ours(torch.arange(5).expand(3, 1, -1))[:, 0, 0]
     frequencies = 100.0 ** (-torch.arange(4) / 4)
     torch.testing.assert_close(angles[:, :4], torch.arange(5)[:, None] * frequencies)
     assert torch.equal(angles[:, :4], angles[:, 4:])
 
 
+def test_llama3_frequencies_equal_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = {"hidden_size": 128, "num_attention_heads": 2, "head_dim": 64}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(rope_parameters=LLAMA3, **fields))
+    ours = PositionRotary(kv_channels=64, rope=LLAMA3, section=(32, 0, 0), interleaved=False)
+    assert torch.equal(ours.inv_freq, theirs.inv_freq)
+    plain = PositionRotary(
+        kv_channels=64,
+        rope={"rope_type": "default", "rope_theta": LLAMA3["rope_theta"]},
+        section=(32, 0, 0),
+        interleaved=False,
+    )
+    ratio = ours.inv_freq / plain.inv_freq
+    assert ratio[0] == 1  # short waves stay
+    assert torch.isclose(ratio[-1], torch.tensor(1 / 8))  # long ones are stretched
+    assert ((ratio > 0.13) & (ratio < 0.99)).any()  # in between
+
+
 def test_a_section_that_does_not_fill_the_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(4, 2, 2\) sums to 8, expected kv_channels / 2 = 16"):
-        PositionRotary(kv_channels=32, rotary_base=1e4, section=(4, 2, 2), interleaved=True)
+        PositionRotary(kv_channels=32, rope=LLAMA3, section=(4, 2, 2), interleaved=True)

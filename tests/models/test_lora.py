@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from tests.tiny.adapters import DENSE, MOE, VISION, save_adapter, with_adapter
 from vlmcore.training.launch import launch
-from vlmcore.weights.adapters import WEIGHTS, McoreAdapter, write_peft
+from vlmcore.weights.adapters import WEIGHTS, McoreAdapter, PeftAdapter, write_peft
+from vlmcore.weights.merge import merge_adapter
 
 TP = "tensor_model_parallel_size"
 PP = "pipeline_model_parallel_size"
@@ -24,6 +25,12 @@ LAYOUTS = {
     "moe": [{EP: 2}, {ETP: 2}, SP | {EP: 2}, {PP: 2, EP: 2}],
     "vision-language": [{}, {TP: 2}, SP],
 }
+
+REFUSED = [
+    "tensor_model_parallel_size 4 cuts inside the 2 kv heads",
+    "output_layer: no adapter on lm_head",
+    "lora_dropout is 0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +87,16 @@ def test_adapters_compute_learn_and_travel_at_every_layout(
         nproc_per_node=4,
         log_path=tmp_path / "log",
     )
-    results = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "results.json").read_text())
+    results = found["layouts"]
     assert len(results) == sum(map(len, LAYOUTS.values()))
     for where, result in results.items():
         assert result["max_diff"] <= 1e-5, (where, result)
         assert result["resharded"], where
         assert result["only_adapters_train"], where
         assert result["adapters_here"], where
+    for message, named in zip(found["refused"], REFUSED, strict=True):
+        assert named in message
     for name, (base, _) in models.items():
         stored = load_file(tmp_path / name / "adapter" / WEIGHTS)
         fresh = []
@@ -97,6 +107,7 @@ def test_adapters_compute_learn_and_travel_at_every_layout(
             if (out / "gradients").exists():
                 assert_close(exported(base, out / "gradients"), gradients[name])
         assert_untrained(fresh[0])
+        assert_merges_alike(base, tmp_path / name)
 
 
 def exported(base: Path, folder: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +128,16 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert gradient.abs().max() > 0, key
         difference = (found[key] - gradient).abs().max() / gradient.abs().max()
         assert difference <= 1e-5, (key, float(difference))
+
+
+def assert_merges_alike(base: Path, folder: Path) -> None:
+    """An adapter straight from Megatron gives the merged model that peft's folder gives."""
+    saved = next((folder / "out").iterdir()) / "saved"
+    merge_adapter(base, McoreAdapter(base, saved), folder / "from_mcore")
+    merge_adapter(base, PeftAdapter(base, folder / "adapter"), folder / "from_peft")
+    assert_equal(
+        *(load_file(folder / f"from_{x}" / "model.safetensors") for x in ("mcore", "peft"))
+    )
 
 
 def assert_untrained(tensors: dict[str, torch.Tensor]) -> None:

@@ -75,6 +75,6 @@ def test_a_donor_that_is_not_there_is_named(name: str, fault: str, tmp_path: Pat
 def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(
-        WeightError, match="model_type 'gpt2' has no family; known: qwen3, qwen3_vl"
+        WeightError, match="model_type 'gpt2' has no family; known: exaone4_5, internvl"
     ):
         check_against_architecture(tmp_path)

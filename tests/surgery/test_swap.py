@@ -288,7 +288,7 @@ def test_another_tower_than_the_donors_fails_the_proof(
     [
         ("chat_template.jinja", "<|im_end|>", "<|im_end|> ", "text_renders_alike: False"),
         ("chat_template.jinja", "<|image_pad|>", "<|image_pad|> ", "image_renders_as_placeholder"),
-        ("tokenizer.json", '"individual_digits": true', '"individual_digits": false', "tokenises"),
+        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true', "tokenises"),
         ("config.json", '"rope_theta": 50000.0', '"rope_theta": 60000.0', "text_logits_max_diff"),
     ],
 )

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import shutil
@@ -8,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.weights.checkpoints import Tensors, edit, load
 from vlmcore.errors import WeightError
 from vlmcore.training.launch import launch
 from vlmcore.weights.architecture import check_against_architecture
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR, to_hf, to_mcore
-from vlmcore.weights.torch_dist import Chunk, TorchDistReader, write_chunks
+from vlmcore.weights.convert import CHECKPOINT, REPORT, SIDECAR, to_hf, to_mcore
+from vlmcore.weights.safetensors_io import tensor_bytes
+from vlmcore.weights.sidecar import PUBLISHED
 
 WEIGHTS = "model.safetensors"
 
@@ -54,7 +57,7 @@ def test_a_repetition_that_differs_is_refused(
 
 
 def test_export_casts_and_shards(mcore_dir: Path, tmp_path: Path) -> None:
-    to_hf(mcore_dir, tmp_path / "hf", dtype=torch.bfloat16, max_shard_size="50KB")
+    to_hf(mcore_dir, tmp_path / "hf", dtype="bfloat16", max_shard_size="50KB")
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3
     tensors = {key: tensor for file in files for key, tensor in load_file(file).items()}
@@ -64,48 +67,30 @@ def test_export_casts_and_shards(mcore_dir: Path, tmp_path: Path) -> None:
     check_against_architecture(tmp_path / "hf")
 
 
-def edit_checkpoint(mcore_dir: Path, change: Callable[[dict], None]) -> None:
-    """Rewrites the torch_dist folder with changed global tensors."""
-    reader = TorchDistReader(mcore_dir / CHECKPOINT)
-    tensors = {}
-    for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
-        shape, _ = reader.info(key)
-        tensors[key] = reader.read(key, (0,) * len(shape), shape)
-    change(tensors)
-    shutil.rmtree(mcore_dir / CHECKPOINT)
-    chunks = [
-        Chunk(key, tuple(t.shape), (0,) * t.ndim, tuple(t.shape), t.dtype, lambda t=t: t)
-        for key, t in tensors.items()
-    ]
-    write_chunks(mcore_dir / CHECKPOINT, chunks)
-
-
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
-MERGER = "vision_model.merger.linear_fc2.weight"
+MERGER = "vision_model.visual.merger.linear_fc2.weight"
 
 
 def test_the_padding_of_the_vocabulary_is_trimmed(mcore_dir: Path, tmp_path: Path) -> None:
-    def pad(tensors: dict) -> None:
+    def pad(tensors: Tensors) -> None:
         tensors[EMBEDDING] = torch.nn.functional.pad(tensors[EMBEDDING], (0, 0, 0, 3))
 
-    before = TorchDistReader(mcore_dir / CHECKPOINT)
-    shape, _ = before.info(EMBEDDING)
-    expected = before.read(EMBEDDING, (0, 0), shape)
-    edit_checkpoint(mcore_dir, pad)
+    expected = load(mcore_dir / CHECKPOINT)[EMBEDDING]
+    edit(mcore_dir / CHECKPOINT, pad)
     to_hf(mcore_dir, tmp_path / "hf")
     found = load_file(tmp_path / "hf" / WEIGHTS)["model.language_model.embed_tokens.weight"]
     assert torch.equal(found, expected)
 
 
-def longer(tensors: dict) -> None:
+def longer(tensors: Tensors) -> None:
     tensors[MERGER] = torch.nn.functional.pad(tensors[MERGER], (0, 0, 0, 1))
 
 
-def absent(tensors: dict) -> None:
+def absent(tensors: Tensors) -> None:
     del tensors[MERGER]
 
 
-def stray(tensors: dict) -> None:
+def stray(tensors: Tensors) -> None:
     tensors[f"{MERGER}.extra"] = torch.ones(2)
 
 
@@ -118,58 +103,12 @@ def stray(tensors: dict) -> None:
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(
-    mcore_dir: Path, tmp_path: Path, change: Callable[[dict], None], fault: str
+    mcore_dir: Path, tmp_path: Path, change: Callable[[Tensors], None], fault: str
 ) -> None:
-    edit_checkpoint(mcore_dir, change)
+    edit(mcore_dir / CHECKPOINT, change)
     with pytest.raises(WeightError, match=fault):
         to_hf(mcore_dir, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
-
-
-def test_a_lost_data_file_is_named(mcore_dir: Path, tmp_path: Path) -> None:
-    lost = next((mcore_dir / CHECKPOINT).glob("*.distcp"))
-    lost.unlink()
-    with pytest.raises(WeightError, match=f"data files are missing: {lost.name}"):
-        to_hf(mcore_dir, tmp_path / "hf")
-
-
-@pytest.mark.parametrize("kept", [0, 100])
-def test_damaged_metadata_is_named(mcore_dir: Path, tmp_path: Path, kept: int) -> None:
-    path = mcore_dir / CHECKPOINT / ".metadata"
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(WeightError, match=r"\.metadata: unreadable"):
-        to_hf(mcore_dir, tmp_path / "hf")
-
-
-def test_a_truncated_data_file_is_named(mcore_dir: Path, tmp_path: Path) -> None:
-    file = next((mcore_dir / CHECKPOINT).glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(WeightError, match=file.name):
-        to_hf(mcore_dir, tmp_path / "hf")
-
-
-def test_a_box_without_a_chunk_is_refused(tmp_path: Path) -> None:
-    half = Chunk("w", (4, 2), (0, 0), (2, 2), torch.float32, lambda: torch.ones(2, 2))
-    write_chunks(tmp_path / "c", [half])
-    with pytest.raises(WeightError, match="w: 4 of 8 elements are stored"):
-        TorchDistReader(tmp_path / "c").read("w", (0, 0), (4, 2))
-
-
-def test_a_box_is_put_together_from_any_tiling(tmp_path: Path) -> None:
-    whole = torch.arange(48).reshape(6, 8)
-    tiles = [
-        Chunk(
-            "w", (6, 8), (r, c), (2, 4), whole.dtype, lambda r=r, c=c: whole[r : r + 2, c : c + 4]
-        )
-        for r in (0, 2, 4)
-        for c in (0, 4)
-    ]
-    write_chunks(tmp_path / "c", tiles)
-    reader = TorchDistReader(tmp_path / "c")
-    for offset, shape in (((0, 0), (6, 8)), ((1, 3), (4, 2)), ((5, 7), (1, 1)), ((2, 4), (2, 4))):
-        r, c = offset
-        expected = whole[r : r + shape[0], c : c + shape[1]]
-        assert torch.equal(reader.read("w", offset, shape), expected)
 
 
 def stored(checkpoint: Path) -> dict[str, object]:
@@ -226,4 +165,132 @@ def test_reports_and_manifests_of_the_source_stay_behind(
     to_mcore(source, tmp_path / "mcore")
     copied = {path.name for path in (tmp_path / "mcore" / "hf").iterdir()}
     kept = {path.name for path in tiny_model("qwen3_vl").iterdir() if path.suffix != ".safetensors"}
-    assert copied == kept
+    assert copied == kept | {PUBLISHED}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_bytes_and_report_are_the_same_whatever_the_number_of_workers(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tiny_model("qwen3_vl_moe")
+    for count in (1, 3):
+        to_mcore(source, tmp_path / f"mcore{count}", num_processes=count)
+        to_hf(
+            tmp_path / f"mcore{count}",
+            tmp_path / f"hf{count}",
+            max_shard_size="100KB",
+            num_processes=count,
+        )
+    assert content(tmp_path / "mcore1") == content(tmp_path / "mcore3")
+    assert content(tmp_path / "hf1") == content(tmp_path / "hf3")
+
+
+def test_the_reports_of_both_directions_name_the_same_digests(
+    mcore_dir: Path, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    there = json.loads((mcore_dir / REPORT).read_text())
+    back = to_hf(mcore_dir, tmp_path / "hf")
+    for field in ("tensors", "boxes", "digest", "bytes"):
+        assert there[field] == back[field]
+    files = load_file(tiny_model("qwen3_vl") / WEIGHTS)
+    assert there["tensors"] == {key: sha256(tensor) for key, tensor in files.items()}
+    stored = load(mcore_dir / CHECKPOINT)
+    assert there["boxes"] == {
+        label: sha256(stored[label.split("[")[0]][box_of(label)]) for label in there["boxes"]
+    }
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def box_of(label: str) -> tuple[slice, ...]:
+    ranges = label[label.index("[") + 1 : -1]
+    return tuple(slice(*map(int, one.split(":"))) for one in ranges.split(",") if one)
+
+
+def test_torch_and_we_cast_alike_on_the_way_in(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    to_mcore(tiny_model("qwen3"), tmp_path / "plain")
+    to_mcore(tiny_model("qwen3"), tmp_path / "cast", dtype="bfloat16")
+    plain, found = (load(tmp_path / name / CHECKPOINT) for name in ("plain", "cast"))
+    assert all(torch.equal(found[key], plain[key].to(torch.bfloat16)) for key in plain)
+
+
+def test_float8_blocks_are_dequantized_on_the_way_in(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("qwen3"), tmp_path / "source")
+    tensors = {key: tensor.bfloat16() for key, tensor in load_file(source / WEIGHTS).items()}
+    expected = dict(tensors)
+    for key in [key for key in tensors if key.endswith("_proj.weight")]:
+        rows, columns = tensors[key].shape
+        scale = 0.01 + torch.rand(-(-rows // 16), -(-columns // 16))
+        spread = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)[:rows, :columns]
+        codes = (tensors[key].float() / spread).to(torch.float8_e4m3fn)
+        tensors |= {key: codes, f"{key}_scale_inv": scale}
+        expected[key] = (codes.float() * spread).bfloat16()
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text()) | {
+        "dtype": "bfloat16",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    report = to_mcore(source, tmp_path / "mcore")
+    scaled = {key: f"{key}_scale_inv" for key in tensors if f"{key}_scale_inv" in tensors}
+    assert report["dequantized"] == scaled
+    assert report["keys_read"] == len(expected)
+    to_hf(tmp_path / "mcore", tmp_path / "hf")
+    found = load_file(tmp_path / "hf" / WEIGHTS)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert "quantization_config" not in json.loads((tmp_path / "hf" / "config.json").read_text())
+
+
+def test_weights_of_a_wrong_dtype_are_named(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(tiny_model("qwen3"), tmp_path / "source")
+    tensors = load_file(source / WEIGHTS)
+    gate, up, norm = (
+        f"model.layers.0.{name}.weight"
+        for name in ("mlp.gate_proj", "mlp.up_proj", "input_layernorm")
+    )
+    tensors[up] = tensors[up].half()
+    tensors[norm] = tensors[norm].int()
+    save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(WeightError) as refusal:
+        to_mcore(source, tmp_path / "mcore")
+    assert f"{norm}: dtype int32, expected one of float64" in str(refusal.value)
+    assert f"{up} is float16" in str(refusal.value)
+    assert not (tmp_path / "mcore").exists()
+
+
+def test_nothing_is_written_over(mcore_dir: Path, tiny_model: Callable[..., Path]) -> None:
+    before = content(mcore_dir)
+    with pytest.raises(WeightError, match="is already there; remove it or choose another"):
+        to_mcore(tiny_model("qwen3_vl"), mcore_dir)
+    assert content(mcore_dir) == before
+
+
+def test_recorded_shapes_are_trusted_only_with_their_config(
+    mcore_dir: Path, tmp_path: Path
+) -> None:
+    record = mcore_dir / SIDECAR / PUBLISHED
+    recorded = json.loads(record.read_text())
+    recorded["shapes"].pop("lm_head.weight")
+    record.write_text(json.dumps(recorded))
+    with pytest.raises(WeightError, match="lm_head"):
+        to_hf(mcore_dir, tmp_path / "trusted")
+    config = mcore_dir / SIDECAR / "config.json"
+    config.write_text(config.read_text() + "\n")
+    to_hf(mcore_dir, tmp_path / "hf")
+    assert not (tmp_path / "hf" / PUBLISHED).exists()

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vlmcore.errors import WeightError
-from vlmcore.weights.safetensors_io import SafetensorsFolder, parse_size, write_sharded
+from vlmcore.weights.dtypes import cast
+from vlmcore.weights.safetensors_io import (
+    MappedFiles,
+    SafetensorsFolder,
+    parse_size,
+    tensor_bytes,
+    write_sharded,
+)
 
 INDEX = "model.safetensors.index.json"
 TENSORS = {
@@ -110,10 +118,114 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
         SafetensorsFolder(tmp_path)
 
 
-def test_a_dtype_that_we_do_not_handle_is_named(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightError, match="w: dtype F8_E4M3, expected one of BF16"):
+def test_an_index_that_is_no_index_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, max_shard_bytes=50)
+    for text in ("{", "[]", '{"weight_map": ["a"]}'):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(WeightError, match="no index of safetensors"):
+            SafetensorsFolder(tmp_path)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(WeightError, match=r"file names with a folder in them: \.\./a"):
         SafetensorsFolder(tmp_path)
+
+
+def test_every_damaged_file_is_in_one_message(tmp_path: Path) -> None:
+    first, second, *_ = write(tmp_path, max_shard_bytes=50)
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(WeightError, match=rf"(?s){first.name}: named.*{second.name}: unreadable"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_dtype_that_we_do_not_handle_is_named(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4).to(torch.float8_e5m2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightError, match="w: dtype F8_E5M2, expected one of BF16"):
+        SafetensorsFolder(tmp_path)
+
+
+BLOCK = 4
+QUANTIZED = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+
+
+def write_float8(folder: Path, tensors: dict, **config: object) -> None:
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """What torch makes of it: each code times the scale of its block, then rounded once."""
+    rows, columns = codes.shape[-2:]
+    spread = scale.float().repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    return (codes.float() * spread[..., :rows, :columns]).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["matrix", "experts"])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_float8_blocks_are_read_as_what_they_stand_for(
+    tmp_path: Path, stack: tuple[int, ...], scale_dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randn((*stack, 10, 6), generator=generator).to(torch.float8_e4m3fn)
+    scale = torch.rand((*stack, 3, 2), generator=generator).to(scale_dtype)
+    tensors = {"w": codes, "w_scale_inv": scale, "norm": torch.ones(3)}
+    write_float8(tmp_path, tensors, quantization_config=QUANTIZED)
+    folder = SafetensorsFolder(tmp_path)
+    assert folder.shapes == {"w": (*stack, 10, 6), "norm": (3,)}
+    assert folder["w"].dtype == torch.bfloat16
+    assert torch.equal(folder.read("w"), dequantized(codes, scale))
+
+
+def test_any_range_of_float8_is_read_alike(tmp_path: Path) -> None:
+    codes = torch.arange(2 * 10 * 6).reshape(2, 10, 6).remainder(100).to(torch.float8_e4m3fn)
+    scale = 1 + torch.arange(2 * 3 * 2).reshape(2, 3, 2).float()
+    tensors = {"w": codes, "w_scale_inv": scale}
+    write_float8(tmp_path, tensors, quantization_config=QUANTIZED, dtype="float32")
+    whole = (codes.float() * dequantized(torch.ones_like(codes), scale).float()).flatten()
+    info = SafetensorsFolder(tmp_path)["w"]
+    for first, last in ((0, 120), (7, 8), (55, 70), (119, 120)):
+        found = MappedFiles().elements(info, first, last).view("float32")
+        assert found.tolist() == whole[first:last].tolist()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "quantization", "fault"),
+    [
+        (("w",), QUANTIZED, "w: float8 without w_scale_inv"),
+        (("w", "w_scale_inv"), {"quant_method": "fp8"}, r"weight_block_size is \[\]"),
+        (("w", "w_scale_inv"), QUANTIZED | {"weight_block_size": [8, 8]}, r"\(3, 2\), expected"),
+        ((), {"quant_method": "gptq"}, "quant_method 'gptq', expected fp8 or none"),
+    ],
+)
+def test_a_quantization_that_cannot_be_undone_is_named(
+    tmp_path: Path, tensors: tuple[str, ...], quantization: dict, fault: str
+) -> None:
+    whole = {"w": torch.ones(10, 6).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(3, 2)}
+    stored = {key: whole[key] for key in tensors} | {"norm": torch.ones(3)}
+    write_float8(tmp_path, stored, quantization_config=quantization)
+    with pytest.raises(WeightError, match=fault):
+        SafetensorsFolder(tmp_path)
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+AWKWARD = [0.0, -0.0, float("inf"), float("-inf"), 65520.0, 1e-8, 1e-40, 3.4e38, 1.00390625]
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_casts_give_the_bits_that_torch_gives(source: torch.dtype, target: torch.dtype) -> None:
+    spread = torch.randn(4000) * 10.0 ** torch.randint(-30, 30, (4000,))
+    numbers = torch.cat([spread, torch.tensor(AWKWARD)]).to(source)
+    names = [str(dtype).removeprefix("torch.") for dtype in (source, target)]
+    found = cast(bits(numbers), *names)
+    assert found.tolist() == bits(numbers.to(target)).tolist()
+
+
+def bits(tensor: torch.Tensor) -> np.ndarray:
+    size = tensor.dtype.itemsize
+    return np.frombuffer(tensor_bytes(tensor), f"u{size}")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
 from vlmcore.layout import Layout
 from vlmcore.models.language_model import build_language_model, check_layout, transformer_config
+from vlmcore.models.vision import build_vision_model, placeholders
+from vlmcore.models.vision_language import VisionLanguageModel
 
 ONE_RANK = Layout()
 
@@ -59,19 +61,16 @@ def build_model(
     ]
     if family.vision is None:
         return chunks
-    # only here, since transformers' vision modules take seconds to import
-    from vlmcore.models.vision import build_vision_model, placeholders
-    from vlmcore.models.vision_language import VisionLanguageModel
+    from transformers import AutoConfig
 
-    tokens = placeholders(hf_dir, family)
+    whole = AutoConfig.from_pretrained(hf_dir)
+    tokens = placeholders(hf_dir, family, whole)
     return [
         VisionLanguageModel(
             mcore_config,
             language_model=chunk,
             vision_model=(
-                build_vision_model(hf_dir, family, dtype=params_dtype)
-                if chunk.pre_process
-                else None
+                build_vision_model(whole, family, dtype=params_dtype) if chunk.pre_process else None
             ),
             placeholders=tokens,
         )

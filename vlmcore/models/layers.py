@@ -169,10 +169,10 @@ def _inverse_frequencies(rope: Mapping[str, Any], kv_channels: int) -> Tensor:
     if rope["rope_type"] == "default":
         exponent = torch.arange(0, kv_channels, 2, dtype=torch.float32, device="cpu") / kv_channels
         return 1.0 / rope["rope_theta"] ** exponent
-    from transformers import PreTrainedConfig
+    from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = PreTrainedConfig.from_dict({"rope_parameters": dict(rope), "head_dim": kv_channels})
+    config = LlamaConfig(rope_parameters=dict(rope), head_dim=kv_channels)
     inv_freq, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     assert factor == 1.0  # else the angles' waves would have to be scaled
     return inv_freq

@@ -54,7 +54,7 @@ class LowRank(nn.Module):
         a_shape: `lora_A` on this rank, [R, H].
         b_shape: `lora_B` on this rank, [O, R], or [2, O / 2, R] for gate and up together.
         scale: What the product is multiplied with.
-        like: A parameter of the base layer: device, dtype and data parallel group are its.
+        like: A parameter of the base layer, whose device and dtype it gets.
     """
 
     def __init__(self, a_shape: Shape, b_shape: Shape, *, scale: float, like: Tensor) -> None:
@@ -62,9 +62,6 @@ class LowRank(nn.Module):
         self.scale = scale
         self.lora_A = nn.Parameter(like.new_zeros(a_shape))
         self.lora_B = nn.Parameter(like.new_zeros(b_shape))
-        for parameter in self.parameters():
-            # experts' gradients are reduced over the ranks that hold the same experts
-            parameter.allreduce = getattr(like, "allreduce", True)  # type: ignore[attr-defined]
 
     def expand(self, z: Tensor, b: Tensor) -> Tensor:
         """From the rank-wide product to the output."""
@@ -172,8 +169,14 @@ def apply_lora(chunks: Sequence[MegatronModule], plan: AdapterPlan) -> None:
         plan: What peft's config asks for on this base.
 
     Raises:
-        TrainError: A planned module takes no adapter in the Megatron model.
+        TrainError: A planned module takes no adapter in the Megatron model, or the config asks for
+            dropout.
     """
+    if dropout := plan.config["lora_dropout"]:
+        raise TrainError(
+            f"lora_dropout is {dropout}, which Megatron ranks do not compute; set it to 0 (it has "
+            f"no part in the weights of a trained adapter)"
+        )
     planned: dict[str, list[str]] = defaultdict(list)
     for mcore_key in plan.stacks:
         planned[mcore_key.partition(_MARK)[0]].append(mcore_key)
@@ -301,6 +304,10 @@ def _mark(module: nn.Module, low_rank: LowRank) -> None:
         split, whole, axis = low_rank.lora_A, low_rank.lora_B, 1
     else:
         return
+    for parameter in low_rank.parameters():
+        # gradients of experts are reduced over the ranks that hold the same part of the same ones;
+        # Megatron's own layers forget experts that are cut but not dealt out
+        parameter.allreduce = not module.explicit_expert_comm  # type: ignore[attr-defined]
     set_tensor_model_parallel_attributes(split, True, axis, 1)
     if module.is_expert and dist.get_world_size(module.tp_group) == 1:
         # tensor parallel ranks hold different experts: no copy that the gradient norm leaves out

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from vlmcore import megatron_cpu
 from vlmcore.errors import WeightError
 from vlmcore.families import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,21 @@ class Placeholders:
     video: int | None
 
 
-def placeholders(hf_dir: Path, family: Family) -> Placeholders:
+def placeholders(hf_dir: Path, family: Family, config: PreTrainedConfig) -> Placeholders:
     """The placeholders of a vision-language model.
+
+    Args:
+        hf_dir: Folder of the tokenizer.
+        family: Says what the tokens are called.
+        config: The folder's config, as transformers reads it.
 
     Raises:
         WeightError: The tokenizer lacks a token, or the config names another id for it.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     assert family.vision is not None
-    vocabulary = AutoTokenizer.from_pretrained(hf_dir).get_vocab()
-    config = AutoConfig.from_pretrained(hf_dir)
+    vocabulary = AutoTokenizer.from_pretrained(hf_dir, config=config).get_vocab()
     faults = []
     for field, name in family.vision.tokens.items():
         found, configured = vocabulary.get(name), getattr(config, field, None)
@@ -61,11 +68,18 @@ def placeholders(hf_dir: Path, family: Family) -> Placeholders:
     )
 
 
-def build_vision_model(hf_dir: Path, family: Family, *, dtype: torch.dtype) -> nn.Module:
-    """The vision side with uninitialised weights; what no checkpoint holds is computed."""
+def build_vision_model(
+    config: PreTrainedConfig, family: Family, *, dtype: torch.dtype
+) -> nn.Module:
+    """The vision side with uninitialised weights; what no checkpoint holds is computed.
+
+    Args:
+        config: Of the whole model, as transformers reads it.
+        family: Names the class.
+        dtype: Of the weights.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(hf_dir)
     with torch.device("meta"):
         whole = getattr(transformers, family.architecture)._from_config(config, dtype=dtype)
     vision: Any = whole.model

@@ -6,6 +6,7 @@ what it produces; such fields stay out of the artifact key (see `content_params`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ from vlmcore.recipe.gates import parse_gate
 
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 BenchmarkName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+_LIMITED_SOURCE = re.compile(r"(?P<source>.*)#(?P<limit>\d+)\s*")  # as in ms-swift
 Source = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -94,7 +96,31 @@ class Model(Section):
 class Dataset(Section):
     """One source of conversations and what becomes of it."""
 
-    source: Source = Field(description="`builtin:NAME` or `path:DIR_OR_JSONL`.")
+    source: Source = Field(
+        description="`hf:USER/NAME`, `modelscope:USER/NAME`, `http(s)://…`, `s3://…` or another URL "
+        "that fsspec reads, `path:DIR_OR_FILE` or `builtin:NAME`; `#5000` behind it is its limit."
+    )
+    revision: str | None = Field(
+        default=None,
+        description="Branch, tag or commit of a hub's repository; empty: its main branch. The "
+        "artifact is pinned to the commit; a full commit needs no hub to plan with.",
+    )
+    subset: str | None = Field(
+        default=None, description="The source's name of a subset; empty: its default or only one."
+    )
+    split: str | None = Field(
+        default=None, description="The source's name of its only split that is read; empty: all."
+    )
+    include: tuple[str, ...] = Field(
+        default=(), description="Globs of the source's files that are fetched; empty: all."
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="Rows of each split that are read, from its start."
+    )
+    sample: int | None = Field(
+        default=None, gt=0, description="Rows of each split drawn at random from those."
+    )
+    sample_seed: int = Field(default=0, ge=0, description="Which rows `sample` draws.")
     format: Literal[
         "messages", "sharegpt", "llava", "alpaca", "query_response", "text", "parquet",
         "webdataset", "auto",
@@ -121,7 +147,9 @@ class Dataset(Section):
         default=0.01, description="Share of unusable rows (0 to 1) past which the stage stops."
     )
     max_chars: int = Field(
-        default=1_000_000, gt=0, description="Characters of a conversation; longer ones are left out."
+        default=1_000_000,
+        gt=0,
+        description="Characters of a conversation; longer ones are left out.",
     )
     duplicates: Literal["keep", "exact", "perceptual"] = Field(
         default="keep",
@@ -159,6 +187,19 @@ class Dataset(Section):
     num_workers: int = Operational(
         default=2, gt=0, description="Processes that write shards; does not change the result."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_behind_source(cls, value: Any) -> Any:
+        source = value.get("source") if isinstance(value, dict) else None
+        found = _LIMITED_SOURCE.fullmatch(source) if isinstance(source, str) else None
+        if found is None:
+            return value
+        limit = int(found["limit"])
+        if value.get("limit", limit) != limit:
+            text = f"{value['limit']}, but the source says #{limit}; leave one of them out"
+            raise CrossFieldError([(("limit",), text)])
+        return {**value, "source": found["source"], "limit": limit}
 
     @model_validator(mode="after")
     def _dealt_as_asked(self) -> Dataset:

@@ -32,7 +32,8 @@ from vlmcore import megatron_cpu  # noqa: E402
 from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.families import Family, family_of, read_config  # noqa: E402
 from vlmcore.layout import Layout  # noqa: E402
-from vlmcore.models.build import build_model, load_weights, require_layout  # noqa: E402
+from vlmcore.models.build import build_model, require_layout  # noqa: E402
+from vlmcore.models.folder import config_dir, load_folder  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.precision_samples import Sample, precision_samples  # noqa: E402
 from vlmcore.training.precision_states import (  # noqa: E402
@@ -41,7 +42,6 @@ from vlmcore.training.precision_states import (  # noqa: E402
     transformers_states,
 )
 from vlmcore.training.progress import report_error  # noqa: E402
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,10 @@ def precision_test(
         TrainError: A layout does not divide the model or the ranks.
     """
     for layout in layouts:
-        require_layout(mcore_dir / SIDECAR, layout)
-    samples = precision_samples(hf_dir)
-    reference = _reference(hf_dir, samples) if dist.get_rank() == 0 else None
+        require_layout(config_dir(mcore_dir), layout)
+    leads = dist.get_rank() == 0
+    samples = _told_by_first(precision_samples(hf_dir) if leads else None)
+    reference = _reference(hf_dir, samples) if leads else None
     results = []
     for layout in layouts:
         with model_parallel(layout, seed=seed):
@@ -138,7 +139,7 @@ def _at_layout(
     round_to: torch.dtype,
 ) -> list[PrecisionResult]:
     """Every sample at one layout; results where the reference is."""
-    config = read_config(mcore_dir / SIDECAR)
+    config = read_config(config_dir(mcore_dir))
     family = family_of(config)
     chunks = _loaded(mcore_dir, layout, round_to=round_to)
     runner = MegatronStates(chunks, layout, num_layers=family.language_model(config).num_layers)
@@ -147,10 +148,9 @@ def _at_layout(
         with runner.recorded() as found:
             logits_SV = runner.logits(sample)
         diffs = _diffs(logits_SV, reference[i], sample) if reference else None
+        hidden_SH = None
         if _told_by_first(diffs is not None and not diffs[0].max_diff <= tolerance):
             hidden_SH = runner.hidden(found, sample.input_ids.shape[1])
-        else:
-            hidden_SH = None
         if reference and diffs:
             place = None
             if hidden_SH:
@@ -172,20 +172,20 @@ def _reference(hf_dir: Path, samples: Sequence[Sample]) -> list[States]:
 
 
 def _loaded(mcore_dir: Path, layout: Layout, *, round_to: torch.dtype) -> list[MegatronModule]:
-    chunks = build_model(mcore_dir / SIDECAR, layout=layout, parallel_output=False)
+    chunks = build_model(config_dir(mcore_dir), layout=layout, parallel_output=False)
     for chunk in chunks:
         chunk.to(megatron_cpu.device()).eval()
-    load_weights(chunks, mcore_dir / CHECKPOINT)
+    load_folder(chunks, mcore_dir)
     for weight in (weight for chunk in chunks for weight in chunk.parameters()):
         weight.data = weight.data.to(round_to).float()
     return chunks
 
 
-def _told_by_first(value: bool) -> bool:
-    """What rank 0 holds to be true."""
-    flag = torch.tensor([int(value)], device=megatron_cpu.device())
-    dist.broadcast(flag, 0)
-    return bool(flag.item())
+def _told_by_first(value: Any) -> Any:
+    """What rank 0 passes, on every rank."""
+    told = [value]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def _diffs(found_SV: Tensor, reference: States, sample: Sample) -> tuple[LogitDiff, LogitDiff]:

@@ -86,8 +86,9 @@ class _Maker:
             self.processor = transformers.AutoTokenizer.from_pretrained(hf_dir)
             return
         self.processor = transformers.AutoProcessor.from_pretrained(hf_dir)
-        self.tokens = placeholders(hf_dir, self.family)
-        self.vision_config = transformers.AutoConfig.from_pretrained(hf_dir).vision_config
+        config = transformers.AutoConfig.from_pretrained(hf_dir)
+        self.tokens = placeholders(hf_dir, self.family, config)
+        self.vision_config = config.vision_config
 
     def sample(self, name: str, **visuals: Any) -> Sample:
         """A question about `images` or `videos`, and its answer."""

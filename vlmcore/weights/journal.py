@@ -11,6 +11,7 @@ read back and compared with its digests before it is trusted.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -43,10 +44,6 @@ class Done:
     size_bytes: int
     boot: str = field(default_factory=lambda: boot_id())
 
-    def line(self) -> bytes:
-        """The journal's line."""
-        return _line({"done": vars(self)})
-
 
 @dataclass
 class Progress:
@@ -54,12 +51,10 @@ class Progress:
 
     Attributes:
         done: Finished units by number; the last line about a unit counts.
-        lines: How many lines say that a unit is finished, by unit.
         begun: Units begun and not finished, by the process that was at them.
     """
 
     done: dict[int, Done] = field(default_factory=dict)
-    lines: dict[int, int] = field(default_factory=dict)
     begun: dict[int, int] = field(default_factory=dict)
 
     def take(self, line: bytes) -> None:
@@ -72,7 +67,6 @@ class Progress:
         if "done" in entry:
             done = Done(**entry["done"])
             self.done[done.unit] = done
-            self.lines[done.unit] = self.lines.get(done.unit, 0) + 1
             self.begun = {pid: unit for pid, unit in self.begun.items() if unit != done.unit}
         elif "begun" in entry:
             self.begun[entry["process"]] = entry["begun"]
@@ -111,7 +105,7 @@ class Journal:
         else:
             self.discarded = bool(found)
             os.ftruncate(self.fd, 0)
-            os.write(self.fd, first)
+            _append(self.fd, first)
             self._position = len(first)
 
     def close(self) -> None:
@@ -148,9 +142,19 @@ class Journal:
                 return
 
 
-def begin(fd: int, unit: int) -> None:
+def note_begun(fd: int, unit: int) -> None:
     """Notes that this process is at a unit now."""
-    os.write(fd, _line({"begun": unit, "process": os.getpid()}))
+    _append(fd, _line({"begun": unit, "process": os.getpid()}))
+
+
+def note_done(fd: int, done: Done) -> None:
+    """Notes that a unit is finished."""
+    _append(fd, _line({"done": vars(done)}))
+
+
+def _append(fd: int, line: bytes) -> None:
+    if os.write(fd, line) < len(line):  # the disk took a part of it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def boot_id() -> str:

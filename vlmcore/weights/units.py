@@ -78,7 +78,7 @@ Task = PackUnit | UnpackUnit
 
 
 class Mover:
-    """Moves units; keeps the files it meets open.
+    """Moves units; keeps the files it meets open until it is closed.
 
     Args:
         folder: What files to be written are relative to.
@@ -89,6 +89,11 @@ class Mover:
         self._mapped = MappedFiles()
         self._boxes = BoxReader()
         self._written: dict[Path, int] = {}
+
+    def close(self) -> None:
+        """Closes the files it has written to."""
+        while self._written:
+            os.close(self._written.popitem()[1])
 
     def move(self, task: Task) -> Done:
         """Moves one unit.

@@ -19,14 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from vlmcore.errors import WeightError
-from vlmcore.weights.journal import Done, Journal, begin, boot_id
+from vlmcore.weights.journal import Done, Journal, boot_id, note_begun, note_done
 from vlmcore.weights.units import Mover, Task
 
 BYTES_PER_PROCESS = 64 << 20  # less is moved before another interpreter has started
@@ -92,8 +92,9 @@ def move_units(
     with _queue(left) as queue:
         if num_processes == 1 or not left:
             check()
-            for _ in _work(job, queue, journal.fd):
-                tell()
+            with contextlib.closing(_work(job, queue, journal.fd)) as done:
+                for _ in done:
+                    tell()
         else:
             _work_apart(job, queue, journal, num_processes, check, tell)
     tell()
@@ -109,26 +110,25 @@ def _queue(tasks: Sequence[Task]) -> Iterator[int]:
         yield file.fileno()
 
 
-def _work(job: Job, queue: int, journal: int) -> Iterator[Done]:
+def _work(job: Job, queue: int, journal: int) -> Generator[Done, None, None]:
     """Moves units until none is left."""
-    mover = Mover(job.folder)
-    while taken := os.read(queue, _NUMBER.size):
-        task = job.tasks[_NUMBER.unpack(taken)[0]]
-        begin(journal, task.number)
-        earlier = job.unsure.get(task.number)
-        if earlier is not None and mover.holds(task, earlier):
-            done = Done(**{**vars(earlier), "boot": boot_id()})
-        else:
-            done = _move(mover, task)
-        os.write(journal, done.line())
-        yield done
+    with contextlib.closing(Mover(job.folder)) as mover:
+        while taken := os.read(queue, _NUMBER.size):
+            task = job.tasks[_NUMBER.unpack(taken)[0]]
+            try:
+                note_begun(journal, task.number)
+                done = _move(mover, task, job.unsure.get(task.number))
+                note_done(journal, done)
+            except OSError as error:
+                raise WeightError(f"{_what(task)}: {explain(error)}") from error
+            yield done
 
 
-def _move(mover: Mover, task: Task) -> Done:
-    try:
-        return mover.move(task)
-    except OSError as error:
-        raise WeightError(f"{_what(task)}: {explain(error)}") from error
+def _move(mover: Mover, task: Task, earlier: Done | None) -> Done:
+    """Moves one unit, unless what was done of it earlier is there."""
+    if earlier is not None and mover.holds(task, earlier):
+        return replace(earlier, boot=boot_id())
+    return mover.move(task)
 
 
 def explain(error: OSError) -> str:

@@ -1,0 +1,329 @@
+"""`vlmflow data`: raw rows to shards, shards to an energon dataset, and what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmcore.errors import DataError
+
+data_app = typer.Typer(
+    help="""Turn what you have into shards that train, and look at what is in them.
+
+    1. `vlmflow data convert my_rows.jsonl out --format messages` checks every row and image.
+    2. `vlmflow data audit out` writes a page: sizes, duplicates, leaks, samples to look at.
+    3. `vlmflow data prepare out --split 9,1,0` splits and indexes them for training.
+
+    A recipe's `data:` does the same within a run.""",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A table (.jsonl, .json, .parquet or webdataset .tar), or a folder with tables, one a "
+        "split: train.jsonl, val.jsonl, data/train-00000-of-00003.parquet …"
+    ),
+]
+Shards = Annotated[Path, typer.Argument(help="Folder of shards that `data convert` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes; their number does not change the result.")
+]
+Columns = Annotated[
+    list[str],
+    typer.Option(
+        "--column", metavar="THEIRS=OURS", help="A column under another name: formula=response."
+    ),
+]
+
+DEALT = ".dealt"
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+@data_app.command()
+def convert(
+    src: Source,
+    dst: Annotated[Path, typer.Argument(help="Folder for the shards; new or empty.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="F",
+            help="messages, sharegpt, llava, alpaca, query_response, text, parquet, webdataset, or "
+            "auto: told by each row's columns.",
+        ),
+    ] = "auto",
+    column: Columns = [],  # noqa: B006 - typer reads it
+    prompt: Annotated[
+        str | None, typer.Option(help="Question for rows that have an answer but no question.")
+    ] = None,
+    media_dir: Annotated[
+        str, typer.Option(help="Folder in SRC that image paths are relative to.")
+    ] = "",
+    duplicates: Annotated[
+        str, typer.Option(help="keep; or leave out repeats: exact, perceptual.")
+    ] = "keep",
+    max_bad_ratio: Annotated[
+        float, typer.Option(help="Share of unusable rows (0 to 1) past which nothing is written.")
+    ] = 0.01,
+    workers: Workers = WORKERS,
+    json_: Json = False,
+) -> None:
+    """Check every row of SRC and write webdataset shards with the original image bytes to DST.
+
+    What cannot be trained on is left out and counted by its cause. Killed and started again, it
+    goes on behind the last whole shard.
+    """
+    from data_prep.convert import convert as run_convert
+    from data_prep.shards import REPORT_NAME
+
+    root, tables = _tables(src)
+    dataset = _dataset(
+        source=f"path:{src}",
+        format=format_,
+        columns=dict(_pair(text) for text in column),
+        prompt=prompt,
+        media_dir=media_dir,
+        duplicates=duplicates,
+        max_bad_ratio=max_bad_ratio,
+        num_workers=workers,
+    )
+    if (dst / REPORT_NAME).exists():
+        raise DataError(f"{dst} holds finished shards already. Remove it or take another folder.")
+    others = [path.name for path in dst.iterdir() if path.name[:1] != "."] if dst.exists() else []
+    if any(not _is_shard(name) for name in others):
+        raise DataError(f"{dst} is not empty ({', '.join(sorted(others)[:3])}). Take a new folder.")
+    work_dir = dst / f".work-{_fingerprint(dataset, tables)}"
+    report = run_convert(root, dst, dataset, work_dir=work_dir, tables=tables)
+    for stale in dst.glob(".work-*"):
+        shutil.rmtree(stale)
+    num_shards = sum(map(len, report.shards.values()))
+    if json_:
+        _print_json(
+            {
+                "samples": sum(report.samples.values()),
+                "shards": num_shards,
+                "dropped": report.dropped,
+                "splits": report.samples,
+                "rows": report.num_rows,
+                "images": report.num_images,
+                "videos": report.num_videos,
+            }
+        )
+        return
+    splits = ", ".join(f"{split} {number:,}" for split, number in report.samples.items())
+    typer.echo(f"samples: {sum(report.samples.values()):,} ({splits})")
+    typer.echo(f"shards: {num_shards}")
+    typer.echo(f"dropped: {sum(report.dropped.values())}")
+    for cause, number in sorted(report.dropped.items(), key=lambda item: -item[1]):
+        typer.echo(f"  {number:>7,}  {cause}, as {report.examples[cause][0]}")
+
+
+@data_app.command()
+def prepare(
+    dst: Shards,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRAIN,VAL,TEST",
+            help="Ratios to deal all samples by, such as 9,1,0; without, splits stay as they are.",
+        ),
+    ] = None,
+    split_by: Annotated[
+        str, typer.Option(help="What is never in two splits: image, sample or group.")
+    ] = "image",
+    seed: Annotated[int, typer.Option(min=0, help="Which sample goes to which split.")] = 0,
+    sample_type: Annotated[
+        str, typer.Option(help="What training reads: chat, or energon's own vqa, captioning.")
+    ] = "chat",
+    json_: Json = False,
+) -> None:
+    """Index the shards in DST for Megatron-Energon, without a question asked.
+
+    With --split they are dealt anew first: samples that share an image stay together.
+    """
+    from data_prep.energon import prepare as run_prepare
+    from data_prep.shards import read_report
+    from data_prep.splits import parse_split
+
+    ratios = parse_split(split) if split is not None else None
+    dataset = _dataset(
+        source=f"path:{dst}",
+        split_ratios=ratios,
+        split_by=split_by,
+        group_column="group" if split_by == "group" else None,
+        split_seed=seed,
+        sample_type=sample_type,
+    )
+    _take_dealt(dst)
+    read_report(dst)
+    if ratios is not None:
+        _deal_in_place(dst, dataset)
+    run_prepare(dst, dst, sample_type=dataset.sample_type)
+    report = read_report(dst)
+    if json_:
+        _print_json({"samples": report.samples, "shards": report.shards, "path": str(dst)})
+        return
+    for name, number in report.samples.items():
+        typer.echo(f"{name}: {number:,} samples in {len(report.shards[name])} shards")
+    typer.echo(f"energon dataset: {dst}")
+
+
+@data_app.command()
+def audit(
+    dst: Shards,
+    against: Annotated[
+        list[Path],
+        typer.Option(help="Other shards or a holdout that training must not have seen."),
+    ] = [],  # noqa: B006
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Model folder whose tokenizer counts the texts' tokens.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write; default DST/audit.html.")
+    ] = None,
+    workers: Workers = WORKERS,
+    json_: Json = False,
+) -> None:
+    """Read every sample of DST, decode every image, and write one HTML page about them.
+
+    What was dropped and why, exact and perceptual duplicates, sizes and lengths, 16 samples, and
+    images of train that are also held out.
+    """
+    from data_prep.audit import audit_shards
+    from data_prep.audit_page import write_page
+
+    found = audit_shards(
+        dst,
+        against=against,
+        count_tokens=_token_counter(tokenizer) if tokenizer else None,
+        num_workers=workers,
+    )
+    page = out or dst / "audit.html"
+    write_page(found, page, title=dst.resolve().name)
+    figures = found.figures()
+    if json_:
+        _print_json({**figures, "page": str(page)})
+        return
+    for name in ("samples", "images", "dropped", "undecodable", "duplicates", "near_duplicates"):
+        typer.echo(f"{name.replace('_', ' ')}: {_shown(figures[name])}")
+    typer.echo(f"suspected leaks: {figures['leaks']}")
+    typer.echo(f"page: {page}")
+
+
+def _tables(src: Path) -> tuple[Path, dict[str, list[Path]]]:
+    """The folder that media are looked for in, and the tables by split."""
+    from data_prep.tables import KINDS, find_tables
+
+    if src.is_dir():
+        return src, find_tables(src)
+    if not src.is_file():
+        raise DataError(f"{src}: nothing is there. Check the path.")
+    if src.suffix not in KINDS:
+        raise DataError(f"{src} is no table. Expected a file {', '.join(KINDS)}, or a folder.")
+    return src.parent, {"train": [src]}
+
+
+def _dataset(**values: Any) -> Any:
+    """The section of a recipe that these options stand for."""
+    from pydantic import ValidationError
+
+    from vlmcore.recipe.schema import Dataset
+
+    try:
+        return Dataset(**values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"--{str(fault['loc'][0]).replace('_', '-') if fault['loc'] else 'split'}: "
+            f"{fault['msg']}"
+            for fault in error.errors()
+        )
+        raise DataError(faults) from error
+
+
+def _pair(text: str) -> tuple[str, str]:
+    theirs, equals, ours = text.partition("=")
+    if not equals or not theirs or not ours:
+        raise DataError(f"--column {text!r} is not THEIRS=OURS, such as formula=response.")
+    return theirs, ours
+
+
+def _fingerprint(dataset: Any, tables: dict[str, list[Path]]) -> str:
+    """Changes when what would be written does, so that no other conversion's parts are taken up."""
+    files = [
+        (split, str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for split, many in tables.items()
+        for file in many
+    ]
+    text = json.dumps([dataset.content_params(), files])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a killed conversion may have put it there."""
+    from data_prep import SPLITS
+
+    return name.endswith(".tar") and name.partition("-")[0] in SPLITS
+
+
+def _deal_in_place(dst: Path, dataset: Any) -> None:
+    """Put the shards dealt anew in the place of the old ones."""
+    from data_prep.splits import Deal, deal
+
+    fresh = dst / DEALT
+    shutil.rmtree(fresh, ignore_errors=True)
+    deal(dst, fresh, Deal(dataset.split_ratios, dataset.split_by, seed=dataset.split_seed))
+    _take_dealt(dst)
+
+
+def _take_dealt(dst: Path) -> None:
+    """Move what was dealt to its place; a killed call's move is carried on by the next one's."""
+    from data_prep.shards import REPORT_NAME, read_report
+
+    fresh = dst / DEALT
+    if not (fresh / REPORT_NAME).exists():
+        return
+    (dst / REPORT_NAME).unlink(missing_ok=True)  # until the end these are no finished shards
+    names = {name for names in read_report(fresh).shards.values() for name in names}
+    for name in names:
+        if (fresh / name).exists():
+            (fresh / name).replace(dst / name)
+    for path in dst.iterdir():
+        if _is_shard(path.name) and path.name not in names:
+            path.unlink()
+    (fresh / REPORT_NAME).replace(dst / REPORT_NAME)
+    fresh.rmdir()
+
+
+def _token_counter(folder: Path) -> Any:
+    import vlmcore  # noqa: F401 - its remedies come before transformers
+
+    with contextlib.redirect_stdout(sys.stderr):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} holds no tokenizer: {error}") from error
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:,}" for key, number in value.items()) or "0"
+    return f"{value:,}"
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()

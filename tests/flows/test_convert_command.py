@@ -1,0 +1,69 @@
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+WEIGHTS = "model.safetensors"
+
+
+def vlmflow(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows", "convert", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_there_and_back_with_the_check(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    source, mcore, hf = tiny_model("qwen3_vl"), tmp_path / "mcore", tmp_path / "hf"
+    there = vlmflow("to-mcore", source, mcore, "--check", "--tp", 2, "--json")
+    assert there.returncode == 0, there.stderr
+    report = json.loads(there.stdout)
+    tensors = load_file(source / WEIGHTS)
+    assert report["keys_read"] == len(tensors)
+    assert report["precision"] and all(row["passed"] for row in report["precision"])
+    assert {row["layout"] for row in report["precision"]} == {"tp2"}
+    back = vlmflow("to-hf", mcore, hf, "--max-shard-size", "100KB", "--json")
+    assert back.returncode == 0, back.stderr
+    assert json.loads(back.stdout)["digest"] == report["digest"]
+    assert len(list(hf.glob("*.safetensors"))) > 1
+    assert "GB/s" in back.stderr
+
+    again = vlmflow("to-hf", mcore, hf)
+    assert again.returncode == 2
+    assert f"{hf} is already there" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_a_damaged_source_is_a_sentence_and_not_a_traceback(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_bytes((tiny_model("qwen3") / "config.json").read_bytes())
+    data = (tiny_model("qwen3") / WEIGHTS).read_bytes()
+    (source / WEIGHTS).write_bytes(data[: len(data) // 2])
+    done = vlmflow("to-mcore", source, tmp_path / "mcore")
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert f"{WEIGHTS}: unreadable" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "mcore").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("to-hf", "a", "b", "--max-shard-size", "4GiB"), "expected a number and KB, MB or GB"),
+        (("to-mcore", "a", "b", "--dtype", "int8"), "int8"),
+        (("to-mcore", "a", "b", "--dtype", "float16", "--check"), "leave --dtype out"),
+        (("to-mcore", "a", "b"), "config.json is missing"),
+    ],
+)
+def test_wrong_use_is_explained(arguments: tuple[str, ...], words: str) -> None:
+    done = vlmflow(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr.replace("\n", " ").replace("│ ", "").replace("  ", " ")
+    assert "Traceback" not in done.stderr
