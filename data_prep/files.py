@@ -2,15 +2,13 @@
 
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 
 def is_inside(name: str) -> bool:
     """Whether the relative path `name` stays inside the folder that it is relative to."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    )
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    return bool(parts) and name[0] != "/" and ".." not in parts and "\0" not in name
 
 
 def link_or_copy(source: Path, target: Path) -> None:

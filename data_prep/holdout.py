@@ -117,7 +117,7 @@ def _record(sample: RawSample, dest: Path) -> dict:
     question, answer = (turn["content"] for turn in sample.messages)
     name = f"images/{sample.key}.{image.extension}"
     if image.path is not None:
-        link_or_copy(image.path, dest / name)
+        link_or_copy(Path(image.path), dest / name)
     else:
         (dest / name).write_bytes(image.data)
     return {

@@ -84,7 +84,7 @@ def _walk_png(data: bytes) -> tuple[str, tuple[int, int]] | None:
 def _walk_jpeg(data: bytes) -> tuple[str, tuple[int, int]] | None:
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
-    start, size, scanned = 2, None, False
+    start, size = 2, None
     while start + 4 <= len(data) and data[start] == 0xFF:
         marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
         segment = data[start + 4 : start + 2 + length]
@@ -101,9 +101,9 @@ def _walk_jpeg(data: bytes) -> tuple[str, tuple[int, int]] | None:
         elif marker == 0xDA:
             found = JPEG_MARKER.search(data, start)
             assert found is not None, "the end marker is there"
-            start, scanned = found.start(), True
+            start = found.start()
             if start == len(data) - 2:
-                return ("jpg", size) if size and scanned else None
+                return ("jpg", size) if size else None
         elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not 0xE0 <= marker <= 0xEF:
             return None
     return None

@@ -27,7 +27,7 @@ BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "SUkqA", "TU0AK")
 MIN_BASE64_CHARS = 64
 
 
-def read_media(source: Media, *, roots: Sequence[Path]) -> tuple[bytes, Path | None]:
+def read_media(source: Media, *, roots: Sequence[Path]) -> tuple[bytes, str | None]:
     """The bytes of a medium, and its file where it is one of the dataset's.
 
     Args:
@@ -106,7 +106,7 @@ def _from_base64(text: str) -> bytes:
         raise BadRowError("bad_base64", str(error)) from error
 
 
-def _read_file(name: str, roots: Sequence[Path]) -> tuple[bytes, Path]:
+def _read_file(name: str, roots: Sequence[Path]) -> tuple[bytes, str]:
     reason = "no such file"
     for root in roots:
         inside = name
@@ -116,7 +116,7 @@ def _read_file(name: str, roots: Sequence[Path]) -> tuple[bytes, Path]:
             raise BadRowError("unsafe_path", "leads out of the dataset")
         path = os.path.join(root, inside)  # noqa: PTH118 - a Path takes as long as the read
         try:
-            return _read_regular(path, root), Path(path)
+            return _read_regular(path, root), path
         except OSError as error:
             reason = error.strerror or str(error)
         except ValueError as error:  # half of a surrogate pair in the name
@@ -144,8 +144,10 @@ def _read_regular(path: str, root: Path) -> bytes:
             raise FileNotFoundError(errno.ENOENT, "not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise BadRowError("absurd_size", f"{status.st_size} bytes")
-        with os.fdopen(os.dup(handle), "rb", buffering=0) as file:
-            return file.readall()
+        data = os.read(handle, status.st_size)
+        while len(data) < status.st_size and (more := os.read(handle, status.st_size)):
+            data += more
+        return data
     finally:
         os.close(handle)
 

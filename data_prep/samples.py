@@ -17,7 +17,7 @@ from data_prep.rows import RowRange, read_rows
 class MediaFile:
     """A file that passed its checks; `path` where it is one of the dataset's."""
 
-    path: Path | None
+    path: str | None
     extension: str
     data: bytes
 

@@ -5,6 +5,7 @@ second names of files that came before them, so that none is ever followed. Size
 bytes are written, whatever the headers promise.
 """
 
+import errno
 import filecmp
 import lzma
 import os
@@ -13,6 +14,7 @@ import shutil
 import stat
 import struct
 import tarfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -133,6 +135,7 @@ class _Unpacking:
         self._num_members = 0
         self._num_bytes = 0
         self._name = "the first member"
+        self._draft = target / f".{uuid.uuid4().hex}.part"
 
     def fault(self, what: str) -> DataError:
         """The error for the member that is being looked at."""
@@ -156,36 +159,46 @@ class _Unpacking:
         if member.is_folder:
             return
         target = self._place(member.name, "leads out of the dataset's folder")
-        draft = target.with_name(f".{target.name[:200]}.part")
         if member.open is not None:
-            with member.open() as source, draft.open("wb") as file:
+            with member.open() as source, self._draft.open("wb") as file:
                 for chunk in iter(lambda: source.read(_CHUNK_BYTES), b""):
                     self._count(len(chunk))
                     file.write(chunk)
         else:
-            self._link(str(member.link), draft)
-        self._publish(draft, target)
+            self._link(str(member.link))
+        self._publish(target)
 
     def _place(self, name: str, fault: str) -> Path:
-        name = posixpath.normpath(name.replace("\\", "/")) if name.startswith("./") else name
-        if not is_inside(name.replace("\\", "/")) or name.strip("/") in ("", "."):
+        name = posixpath.normpath(name.replace("\\", "/"))
+        if not is_inside(name):
             raise self.fault(fault)
-        target = self._target / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            name.encode()
+            target = self._target / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.exists()  # as the first to meet a name that is too long
+        except UnicodeEncodeError as error:
+            raise self.fault("has a name that is no UTF-8") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise self.fault("has a name too long for this filesystem") from error
+            if error.errno in (errno.EEXIST, errno.ENOTDIR):
+                raise self.fault("would take the place of another file") from error
+            raise
         return target
 
-    def _link(self, link: str, draft: Path) -> None:
-        first = self._place(posixpath.normpath(link), f"is a link that leads out, to {link!r}")
+    def _link(self, link: str) -> None:
+        first = self._place(link, f"is a link that leads out, to {link!r}")
         if not first.is_file():
             raise self.fault(f"is a link to {link!r}, which is no file that came before it")
-        os.link(first, draft)
+        os.link(first, self._draft)
 
-    def _publish(self, draft: Path, target: Path) -> None:
+    def _publish(self, target: Path) -> None:
         if not target.exists():
-            draft.rename(target)
+            self._draft.rename(target)
             return
-        is_same = target.is_file() and filecmp.cmp(draft, target, shallow=False)
-        draft.unlink()
+        is_same = target.is_file() and filecmp.cmp(self._draft, target, shallow=False)
+        self._draft.unlink()
         if not is_same:
             raise self.fault("would take the place of another file")
 

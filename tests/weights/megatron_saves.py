@@ -9,6 +9,7 @@ import torch.distributed as dist
 from tests.tiny.megatron import stage, under_training
 from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
+from vlmcore.layout import Layout
 from vlmcore.models.build import save_weights
 from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.distributed import model_parallel, process_group
@@ -40,5 +41,5 @@ def main(source: Path, saved: Path, trained: Path) -> None:
 
 
 if __name__ == "__main__":
-    with process_group(num_threads=1), model_parallel(tensor_model_parallel_size=2, seed=0):
+    with process_group(num_threads=1), model_parallel(Layout(tensor_model_parallel_size=2), seed=0):
         main(*map(Path, sys.argv[1:]))

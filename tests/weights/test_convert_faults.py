@@ -228,6 +228,15 @@ def test_a_source_with_a_fault_leaves_nothing_behind(source: Path, tmp_path: Pat
         assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
+def test_a_folder_of_somebody_else_is_left_alone(source: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "target.partial" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("mine")
+    with pytest.raises(WeightError, match="is no conversion's work folder"):
+        to_mcore(source, tmp_path / "target")
+    assert theirs.read_text() == "mine"
+
+
 def test_a_config_of_an_unknown_family_is_named(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text()) | {"model_type": "gpt_neox"}
     (source / "config.json").write_text(json.dumps(config))

@@ -97,7 +97,7 @@ class Dataset(Section):
     """One source of conversations and what becomes of it."""
 
     source: Source = Field(
-        description="`hf:USER/NAME`, `modelscope:USER/NAME`, `http(s)://…`, `s3://…` or another URL "
+        description="`hf:USER/NAME`, `modelscope:USER/NAME`, `http(s)://…`, `s3://…`, another URL "
         "that fsspec reads, `path:DIR_OR_FILE` or `builtin:NAME`; `#5000` behind it is its limit."
     )
     revision: str | None = Field(

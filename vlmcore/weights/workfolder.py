@@ -63,9 +63,9 @@ class WorkFolder:
 
     def publish(self) -> None:
         """Makes it the target, once everything in it has reached the disk."""
-        (self.path / JOURNAL).unlink()
         for path in [*self.path.rglob("*"), self.path]:
             _sync(path)
+        (self.path / JOURNAL).unlink()
         self.path.replace(self._target)
         _sync(self._target.parent)
 
@@ -86,6 +86,8 @@ def work_folder(
     """
     require_free(target)
     path = target.with_name(f"{target.name}.partial")
+    if path.exists() and any(path.iterdir()) and not (path / JOURNAL).is_file():
+        raise WeightError(f"{path} is no conversion's work folder, which it must be; remove it")
     try:
         path.mkdir(parents=True, exist_ok=True)
         journal = Journal(path / JOURNAL, identity)
