@@ -1,4 +1,4 @@
-"""`vlmflow convert to-mcore|to-hf`: a checkpoint from one form into the other, from the shell."""
+"""`vlmflow convert`: a checkpoint from one form into another, from the shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from vlmcore.layout import Layout
 
 convert_app = typer.Typer(
-    help="Move weights between HF safetensors and Megatron-Core torch_dist.", no_args_is_help=True
+    help="Move weights between HF safetensors and Megatron-Core torch_dist; merge adapters.",
+    no_args_is_help=True,
 )
 console = Console(stderr=True)
 
@@ -44,6 +45,9 @@ CheckOption = Annotated[
     typer.Option(
         "--check", help=f"Compare HF and Megatron-Core logits in fp32; tolerance {TOLERANCE}."
     ),
+]
+ShardOption = Annotated[
+    str, typer.Option(metavar="SIZE", help="Data of one safetensors file at most.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report on stdout.")]
 
@@ -91,9 +95,7 @@ def to_mcore_command(
 def to_hf_command(
     source: Source,
     target: Target,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Data of one safetensors file at most.")
-    ] = "4GB",
+    max_shard_size: ShardOption = "4GB",
     nproc: NprocOption = None,
     dtype: DtypeOption = None,
     check: CheckOption = False,
@@ -105,12 +107,8 @@ def to_hf_command(
     """
     from vlmcore.layout import Layout
     from vlmcore.weights.convert import to_hf
-    from vlmcore.weights.safetensors_io import parse_size
 
-    try:
-        parse_size(max_shard_size)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
+    _require_size(max_shard_size)
     with _progress("to-hf") as hear:
         report = to_hf(
             source, target, dtype=dtype, max_shard_size=max_shard_size, num_processes=nproc,
@@ -119,6 +117,43 @@ def to_hf_command(
     if check:
         report["precision"] = _precision(target, source, layout=Layout(), out=target, dtype=dtype)
     _finish(report, target, json_=json_)
+
+
+@convert_app.command("merge-lora")
+def merge_lora_command(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="HF folder of the base model.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of a peft or a Megatron adapter.")
+    ],
+    target: Target,
+    max_shard_size: ShardOption = "4GB",
+    json_: JsonOption = False,
+) -> None:
+    """A base and its LoRA adapter as one HF model; every matrix of the adapter finds its tensor."""
+    from vlmcore.weights.adapters import McoreAdapter, PeftAdapter
+    from vlmcore.weights.merge import merge_adapter
+
+    _require_size(max_shard_size)
+    peft = (adapter / "adapter_model.safetensors").is_file()
+    source = PeftAdapter(base, adapter) if peft else McoreAdapter(base, adapter)
+    with console.status("merging …"):
+        report = merge_adapter(base, source, target, max_shard_size=max_shard_size)
+    if json_:
+        sys.stdout.write(json.dumps(report) + "\n")
+    console.print(
+        f"{target}: {report['keys_written']} tensors, {len(report['merged'])} of them changed",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _require_size(max_shard_size: str) -> None:
+    from vlmcore.weights.safetensors_io import parse_size
+
+    try:
+        parse_size(max_shard_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-shard-size") from None
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -62,3 +64,18 @@ def tree_digest():
         }
 
     return digest
+
+
+@pytest.fixture
+def make_video(tmp_path):
+    """Builds an MP4 of grey frames, each 8 levels brighter than the one before; its bytes."""
+
+    def build(num_frames=30, fps=10, size=(64, 48)):
+        path = tmp_path / "made.mp4"
+        writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+        for i in range(num_frames):
+            writer.write(np.full((size[1], size[0], 3), 8 * (i % 30), np.uint8))
+        writer.release()
+        return path.read_bytes()
+
+    return build
