@@ -9,6 +9,7 @@ from typing import Any
 
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
+from vlmcore.models.fit import require_layout
 from vlmcore.recipe.schema import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
 
@@ -16,8 +17,18 @@ LOSS_PLOT = "loss.svg"
 
 
 def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -> Ref:
-    """A trained Megatron model folder; a killed build goes on from its last checkpoint."""
+    """A trained model folder; a killed build goes on from its last checkpoint.
+
+    Adapters are merged into it, and stand beside the weights as peft's folder.
+
+    Raises:
+        TrainError: The layout does not divide the model.
+    """
     name = f"train.{stage.name}"
+    if isinstance(model, ArtifactRef):  # known to a plan too, unless the model is yet to be made
+        sidecar = model.path / "hf"
+        hf_dir = sidecar if sidecar.is_dir() else model.path
+        require_layout(hf_dir, stage.layout, training=True)
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch
@@ -46,7 +57,7 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         name,
         build,
         kind="train",
-        version=2,
+        version=3,
         params=params,
         inputs={"model": model, "data": list(datasets)},
         volatile=("checkpoint/.metadata", METRICS, LOSS_PLOT),

@@ -13,6 +13,7 @@ class Layout:
 
     Attributes:
         virtual_pipeline_model_parallel_size: Model chunks that each pipeline stage holds.
+        context_parallel_size: Ranks that hold the tokens of one row together.
         expert_model_parallel_size: Parts that the experts of a layer are dealt into.
         expert_tensor_parallel_size: Parts that each expert is cut into; the tensor parallel size
             of the rest has no say in it.
@@ -22,12 +23,16 @@ class Layout:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int = 1
     sequence_parallel: bool = False
 
     def __str__(self) -> str:
-        names = {"tensor": "tp", "pipeline": "pp", "virtual": "vpp", "expert_model": "ep"}
+        names = {
+            "tensor": "tp", "pipeline": "pp", "virtual": "vpp", "context": "cp",
+            "expert_model": "ep",
+        }  # fmt: skip
         parts = []
         for field in fields(self):
             value = getattr(self, field.name)
@@ -42,7 +47,7 @@ class Layout:
         """Ranks of one replica of the model."""
         experts = self.expert_model_parallel_size * self.expert_tensor_parallel_size
         return self.pipeline_model_parallel_size * math.lcm(
-            self.tensor_model_parallel_size, experts
+            self.tensor_model_parallel_size * self.context_parallel_size, experts
         )
 
 

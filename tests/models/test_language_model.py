@@ -6,7 +6,8 @@ import pytest
 from vlmcore.errors import TrainError
 from vlmcore.families import FAMILIES, LanguageModel, MixtureOfExperts
 from vlmcore.layout import Layout, ranks_for
-from vlmcore.models.language_model import check_layout, padded_vocab_size, transformer_config
+from vlmcore.models.fit import check_layout
+from vlmcore.models.language_model import padded_vocab_size, transformer_config
 
 
 @pytest.fixture

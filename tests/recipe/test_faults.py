@@ -42,7 +42,7 @@ UNKNOWN: dict[str, Case] = {
         "write micro_batch_size",
     ),
     "warm-up": one(
-        22, "    warmup_steps: 5", "train.full.warmup_steps", "lr_warmup_fraction: a share of"
+        22, "    warmup_steps: 5", "train.full.warmup_steps", "write lr_warmup_iters"
     ),
     "bf16": one(22, "    bf16: true", "train.full.bf16", "found true", "torch_dtype: bfloat16"),
     "tensor parallel": one(

@@ -99,6 +99,48 @@ def test_ranks_that_read_different_data_are_those_beside_tensor_parallel() -> No
     assert stage.data_parallel_size == 3
 
 
+STAGE = {"name": "x", "data": ("d",), "train_iters": 1}
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "words"),
+    [
+        ({"pipeline_model_parallel_size": 3}, "nproc_per_node", "context parallel size = 3"),
+        ({"expert_model_parallel_size": 8}, "nproc_per_node", "takes 8 ranks"),
+        ({"virtual_pipeline_model_parallel_size": 2},
+         "virtual_pipeline_model_parallel_size", "needs pipeline_model_parallel_size"),
+        ({"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
+          "global_batch_size": 6}, "global_batch_size", "makes 3 micro batches"),
+        ({"lr_decay_style": "WSD"}, "lr_wsd_decay_iters", "empty, but WSD"),
+        ({"lr_warmup_iters": 3, "lr_warmup_fraction": 0.1}, "lr_warmup_iters", "leave one"),
+        ({"lora_rank": 4}, "lora_rank", "needs tuner_type lora"),
+        ({"tuner_type": "lora", "freeze_llm": True}, "freeze_llm", "adapters belong to"),
+        ({"tuner_type": "lora_llm", "freeze_vit": True, "freeze_aligner": True},
+         "tuner_type", "use lora"),
+        ({"recompute_modules": ["mlp"]}, "recompute_modules", "only for recompute_granularity"),
+        ({"vit_lr": 1e-3, "freeze_vit": True}, "vit_lr", "freeze_vit is true"),
+    ],
+)  # fmt: skip
+def test_a_stage_that_cannot_be_trained_so_is_refused(
+    fields: dict[str, object], field: str, words: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainStage(**(STAGE | {"nproc_per_node": 4, "global_batch_size": 4} | fields))
+    (error,) = caught.value.errors()
+    cause = error["ctx"]["error"]
+    assert isinstance(cause, CrossFieldError)
+    (fault,) = cause.faults
+    assert fault[0] == (field,)
+    assert words in fault[1]
+
+
+def test_rows_are_padded_so_that_every_rank_holds_an_equal_part() -> None:
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 3, "nproc_per_node": 6}
+    assert TrainStage(**STAGE, **sizes).row_multiple == 6
+    assert TrainStage(**STAGE, **sizes, sequence_parallel=True).row_multiple == 12
+    assert TrainStage(**STAGE).row_multiple == 1
+
+
 def test_other_tools_names_lead_to_fields_that_exist() -> None:
     fields = {name for model in MODELS.values() for name in model.model_fields}
     targets = {name for names in SAME.values() for name in names} | {

@@ -1,21 +1,8 @@
-"""A model under training as the loop sets it up, for scripts that run on ranks."""
+"""Stages of one step, for scripts that run on ranks."""
 
-from pathlib import Path
 from typing import Any
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-
-from vlmcore.families import family_of, read_config
-from vlmcore.models.build import build_model, load_weights
 from vlmcore.recipe.schema import TrainStage
-from vlmcore.training.distributed import layout_of
-from vlmcore.training.freezing import apply_freezes
-from vlmcore.training.optimizer import build_optimizer, build_schedule
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR
 
 
 def stage(**fields: Any) -> TrainStage:
@@ -32,17 +19,3 @@ def stage(**fields: Any) -> TrainStage:
         "torch_dtype": "float32",
     }
     return TrainStage(**(defaults | fields))
-
-
-def under_training(mcore_dir: Path, stage: TrainStage) -> tuple[DistributedDataParallel, Any]:
-    """Model with loaded weights and frozen groups, and its optimizer."""
-    (module,) = build_model(mcore_dir / SIDECAR, layout=layout_of(stage))
-    load_weights([module], mcore_dir / CHECKPOINT)
-    apply_freezes(module, family_of(read_config(mcore_dir / SIDECAR)), stage)
-    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    model = DistributedDataParallel(module.config, config, module)
-    optimizer = build_optimizer(model, stage)
-    build_schedule(optimizer, stage)  # it sets the rate and decay of each parameter group
-    module.config.grad_scale_func = optimizer.scale_loss
-    module.config.finalize_model_grads_func = finalize_model_grads
-    return model, optimizer

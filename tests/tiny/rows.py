@@ -27,20 +27,20 @@ def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Siz
             cycle(["user", "assistant"]), (tags + turns[0], *turns[1:]), strict=False
         )
     ]
+    processor = encoder.media
+    media = [processor.image(size, alone=len(images) == 1) for size in images] if processor else []
     opened = [noise(size, seed=i) for i, size in enumerate(images)]
-    pixels, grids = encoder.patches(opened) if images else (None, None)
-    text = encoder.encode(messages, [] if grids is None else grids.tolist())
+    text = encoder.encode(messages, media)
     return TokenSample(
         __key__=turns[0],
         __restore_key__=(),
         input_ids=text.input_ids,
         labels=text.labels,
+        loss_scale=text.loss_scale,
         position_ids=text.position_ids,
-        images=[],
-        pixel_values=pixels,
-        image_grid_thw=grids,
+        vision=processor.tensors(media, opened) if processor else {},
     )
 
 
 def row_of(samples: Sequence[TokenSample], *, multiple: int = 1) -> PackedRow:
-    return pack_row(samples, pad_token_id=0, multiple=multiple, num_dropped=0)
+    return pack_row(samples, pad_token_id=0, multiple=multiple, dropped={})

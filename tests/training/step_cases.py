@@ -1,4 +1,4 @@
-"""On two ranks: one optimizer step of the megatron engine beside plain transformers and AdamW, for
+"""On four ranks: one optimizer step of the megatron engine beside plain transformers and AdamW, for
 each model, layout and freeze; arguments: JSON of models by name, JSON file of the results.
 
 The reference runs each sample alone, so what is equal to it is also packing, and the division by
@@ -6,110 +6,194 @@ the trained tokens of all ranks and micro batches.
 """
 
 import json
-import shutil
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from safetensors.torch import load_file
 
-from tests.tiny.megatron import stage, under_training
+from tests.tiny.adapters import hf_model, with_adapter
+from tests.tiny.megatron import stage
 from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder
-from vlmcore.dataloading.samples import TokenSample
+from vlmcore.dataloading.samples import PackedRow, TokenSample
 from vlmcore.families import family_of, read_config
-from vlmcore.models.build import save_weights
+from vlmcore.models.folder import save_folder
 from vlmcore.recipe.schema import TrainStage
-from vlmcore.training.distributed import layout_of, model_parallel, process_group
-from vlmcore.training.step import train_step
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR, copy_sidecar, to_hf
+from vlmcore.training.checkpoint import Checkpointer
+from vlmcore.training.distributed import model_parallel, process_group
+from vlmcore.training.model import prepare
+from vlmcore.training.tuning import plan_lora, save_and_merge
+from vlmcore.weights.adapters import FreshAdapter, write_peft
 
+RANKS = 4
+ROWS = 4
 # Two choices keep Adam's first step from hiding faults: it ignores a gradient's scale (and turns
 # the noise of a gradient that is zero by symmetry into a full step) unless epsilon is about as
 # large as the gradients, and the norm must be far above clip_grad for clipping to show.
-HYPER = {"adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1, "learning_rate": 0.1}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "dp2": {},
-    "tp2": {"tensor_model_parallel_size": 2},
-    "tp2_sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-}
-ALIGNER_ONLY = {"freeze_vit": True, "freeze_llm": True}
+HYPER = {
+    "adam_eps": 1e-2, "clip_grad": 0.5, "weight_decay": 0.1, "learning_rate": 0.1,
+    "nproc_per_node": RANKS, "global_batch_size": ROWS,
+}  # fmt: skip
 
 
 def samples_of(encoder: ConversationEncoder) -> list[list[TokenSample]]:
-    """The samples of two rows: uneven ones, so that a mean of means would show."""
+    """The samples of four rows: uneven ones, so that a mean of means would show."""
     text = token_sample(encoder, "What is 12 + 30?", "42", "And half of it?", "21", images=[])
     short = token_sample(encoder, "Hi", "Hello, what can I do for you?", images=[])
+    long = token_sample(encoder, "Count.", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", images=[])
     if encoder.family.vision is None:
-        return [[text, short], [short]]
+        return [[text, short], [short], [long, short, text], [text]]
     one = token_sample(encoder, "Read.", "7", images=[(96, 64)])
     two = token_sample(encoder, "Compare them.", "Not alike.", images=[(64, 64), (128, 32)])
-    return [[text, two, one], [short]]  # the second data parallel rank sees no image
+    # the second row has no image, for data parallel ranks that see none
+    return [[text, two, one], [short, long], [one], [short, two]]
 
 
-def reference(hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage) -> dict[str, Any]:
-    """Loss, gradient norm and updated weights of plain transformers and torch's AdamW."""
-    import transformers
-
+def reference(
+    hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, out: Path
+) -> dict[str, Any]:
+    """Loss, gradient norm and updated weights of plain transformers and torch's AdamW, with peft's
+    adapters where the stage has some."""
     family = family_of(read_config(hf_dir))
-    model = getattr(transformers, family.architecture).from_pretrained(hf_dir, dtype=torch.float32)
+    model = hf_model(hf_dir)
+    if stage.tuner_type != "full":
+        write_peft(FreshAdapter(plan_lora(stage, hf_dir), seed=stage.seed), out / "fresh")
+        model = with_adapter(hf_dir, out / "fresh")
     frozen = {"vit": stage.freeze_vit, "aligner": stage.freeze_aligner, "llm": stage.freeze_llm}
+    rates = {"vit": stage.vit_lr, "aligner": stage.aligner_lr, "llm": None}
+    groups = []
     for name, weight in model.named_parameters():
-        weight.requires_grad_(not frozen[family.group_of(name)])
-    samples = [sample for row in rows for sample in row]
-    total = sum(int((sample.labels != IGNORED).sum()) for sample in samples)
-    loss = sum(_loss_sum(model, sample) for sample in samples) / total
-    loss.backward()
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_grad)
-    torch.optim.AdamW(
-        [
-            {"params": [w for w in trained if w.ndim > 1], "weight_decay": stage.weight_decay},
-            {"params": [w for w in trained if w.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=stage.learning_rate,
-        betas=(stage.adam_beta1, stage.adam_beta2),
-        eps=stage.adam_eps,
-    ).step()
-    weights = {name: weight.detach() for name, weight in model.named_parameters()}
-    return {"loss": loss.item(), "grad_norm": float(norm), "weights": weights}
+        group = family.group_of(name.removeprefix("base_model.model."))
+        is_full = stage.tuner_type == "full" or (stage.tuner_type == "lora_llm" and group != "llm")
+        weight.requires_grad_("lora_" in name or (is_full and not frozen[group]))
+        if weight.requires_grad:
+            decay = stage.weight_decay if weight.ndim > 1 else 0.0
+            rate = rates[group] or stage.learning_rate
+            groups.append({"params": [weight], "weight_decay": decay, "lr": rate})
+    betas = (stage.adam_beta1, stage.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, betas=betas, eps=stage.adam_eps)
+    for _ in range(stage.train_iters):
+        optimizer.zero_grad()
+        loss, of_routers = _losses(model, rows, stage)
+        (loss + of_routers).backward()
+        trained = [group["params"][0] for group in groups]
+        norm = torch.nn.utils.clip_grad_norm_(trained, stage.clip_grad)
+        optimizer.step()
+    if stage.tuner_type != "full":
+        model.save_pretrained(out / "adapter")
+        model = model.merge_and_unload()
+    model.save_pretrained(out)  # experts are stored otherwise than they stand in memory
+    return {"loss": float(loss), "grad_norm": float(norm), "weights": saved(out)}
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model folder, and its adapter's."""
+    adapter = folder / "adapter" / "adapter_model.safetensors"
+    return load_file(folder / "model.safetensors") | (
+        load_file(adapter) if adapter.exists() else {}
+    )
+
+
+def _losses(model: Any, rows: list[list[TokenSample]], stage: TrainStage) -> tuple[Any, Any]:
+    """Mean over all trained tokens, and what the routers add."""
+    total = sum(int((sample.labels != IGNORED).sum()) for row in rows for sample in row)
+    gates = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+    loss, seen = 0.0, []
+    for row in rows:
+        with _router_logits(gates) as logits:
+            loss = loss + sum(_loss_sum(model, sample) for sample in row) / total
+        seen.append((sum(len(sample.input_ids) for sample in row), logits))
+    return loss, _router_loss(seen, stage, top_k=gates[0].top_k if gates else 0)
 
 
 def _loss_sum(model: Any, sample: TokenSample) -> torch.Tensor:
     ids = sample.input_ids[None]
-    extra: dict[str, Any] = {}
-    if sample.pixel_values is not None:
-        extra = {
-            "pixel_values": sample.pixel_values,
-            "image_grid_thw": sample.image_grid_thw,
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        }
+    extra: dict[str, Any] = dict(sample.vision)
+    if extra:
+        extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, **extra).logits[0]
     return F.cross_entropy(logits, sample.labels, ignore_index=IGNORED, reduction="sum")
 
 
+@contextmanager
+def _router_logits(gates: list[Any]) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """By layer, the logits of every token that its router sees inside."""
+    found: dict[int, list[torch.Tensor]] = defaultdict(list)
+
+    def keep(index: int) -> Any:
+        def hook(gate: Any, args: Any) -> None:
+            found[index].append(F.linear(args[0].reshape(-1, gate.weight.shape[1]), gate.weight))
+
+        return hook
+
+    handles = [gate.register_forward_pre_hook(keep(i)) for i, gate in enumerate(gates)]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def _router_loss(rows: list[tuple[int, dict]], stage: TrainStage, *, top_k: int) -> Any:
+    """Switch Transformers' balancing loss (arXiv 2101.03961) and ST-MoE's z-loss (2202.08906), of
+    each row and layer; rows count as their tokens."""
+    losses: Any = 0.0
+    for num_tokens, by_layer in rows:
+        for parts in by_layer.values():
+            logits = torch.cat(parts)
+            probs, experts = logits.softmax(-1), logits.shape[1]
+            chosen = F.one_hot(logits.topk(top_k).indices, experts).sum(1).float()
+            balance = experts / top_k * (chosen.mean(0) * probs.mean(0)).sum()
+            z = logits.logsumexp(-1).pow(2).mean()
+            weighted = stage.moe_aux_loss_coeff * balance + stage.moe_z_loss_coeff * z
+            losses = losses + weighted * num_tokens
+    return losses / sum(num_tokens for num_tokens, _ in rows)
+
+
+class NoLoader:
+    def save_state_rank(self) -> None: ...
+
+    def restore_state_rank(self, _: None) -> None: ...
+
+
+def checkpoint_of_one_step(
+    hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, folder: Path
+) -> None:
+    """What a stage that is killed after its first step leaves behind."""
+    with model_parallel(stage.layout, seed=0):
+        training = prepare(stage, hf_dir)
+        training.step(batch_of(rows, stage))
+        Checkpointer(folder, training=training, stage=stage, loader=NoLoader()).save(1)
+
+
+def batch_of(rows: list[list[TokenSample]], stage: TrainStage) -> list[PackedRow]:
+    """This data parallel rank's micro batches."""
+    here, replicas = parallel_state.get_data_parallel_rank(), stage.data_parallel_size
+    return [row_of(row, multiple=stage.row_multiple) for row in rows[here::replicas]]
+
+
 def megatron_step(
-    mcore_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, out: Path
+    hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, out: Path, work: Path
 ) -> dict[str, Any]:
-    """The same figures from the megatron engine, its weights by way of an export."""
-    size = stage.tensor_model_parallel_size
-    with model_parallel(layout_of(stage), seed=0):
-        model, optimizer = under_training(mcore_dir, stage)
-        multiple = size if stage.sequence_parallel else 1
-        batch = [row_of(samples, multiple=multiple) for samples in rows]
-        outcome = train_step(model, optimizer, batch if size > 1 else [batch[dist.get_rank()]])
-        save_weights([model.module], out / CHECKPOINT)
-    weights = {}
-    if dist.get_rank() == 0:
-        copy_sidecar(mcore_dir / SIDECAR, out / SIDECAR)
-        to_hf(out, out / "export")
-        weights = load_file(out / "export" / "model.safetensors")
-        shutil.rmtree(out)
-    dist.barrier()
-    return outcome | {"weights": weights}
+    """The same figures from the megatron engine, its weights by way of HF safetensors."""
+    with model_parallel(stage.layout, seed=0):
+        training = prepare(stage, hf_dir)
+        batch = batch_of(rows, stage)
+        checkpoints = Checkpointer(work, training=training, stage=stage, loader=NoLoader())
+        for _ in range(checkpoints.restore(), stage.train_iters):
+            outcome = training.step(batch)
+        if training.plan is not None:
+            save_and_merge(
+                training.modules, training.plan, out / "adapter", hf_dir=hf_dir, work=out / "work"
+            )
+        save_folder(training.modules, out, like=hf_dir)
+    return outcome | {"weights": saved(out) if dist.get_rank() == 0 else {}}
 
 
 def compare(before: dict, expected: dict, found: dict) -> dict[str, Any]:
@@ -118,8 +202,9 @@ def compare(before: dict, expected: dict, found: dict) -> dict[str, Any]:
     for key, weight in found["weights"].items():
         wanted = expected["weights"][key]
         errors[key] = float((weight - wanted).abs().max() / wanted.abs().max())
-        if not torch.equal(weight, before[key]):
+        if key not in before or not torch.equal(weight, before[key]):
             moved.append(key)
+    assert found["weights"].keys() == expected["weights"].keys()
     worst = max(errors, key=errors.__getitem__)
     return {
         "loss": abs(found["loss"] - expected["loss"]),
@@ -128,25 +213,34 @@ def compare(before: dict, expected: dict, found: dict) -> dict[str, Any]:
         "keys": len(errors),
         "worst": [worst, errors[worst]],
         "moved": moved,
+        "logged": {name: found[name] for name in ("aux_loss", "z_loss") if name in found},
     }
 
 
-def main(models: dict[str, list[str]], out: Path) -> None:
+def main(cases: list[dict[str, Any]], out: Path) -> None:
     results = {}
-    for name, (hf, mcore) in models.items():
-        rows = samples_of(ConversationEncoder(Path(hf), task="sft"))
-        before = load_file(Path(hf) / "model.safetensors")
-        freezes: list[tuple[str, dict[str, Any]]] = [("all", {})]
-        if family_of(read_config(Path(hf))).vision is not None:
-            freezes.append(("aligner", ALIGNER_ONLY))
-        for trained, freeze in freezes:
-            expected = reference(Path(hf), rows, stage(**HYPER, **freeze))
-            for layout, fields in LAYOUTS.items():
-                case = f"{name} {trained} {layout}"
-                folder = out.parent / case.replace(" ", "_")
-                found = megatron_step(Path(mcore), rows, stage(**HYPER, **freeze, **fields), folder)
-                if dist.get_rank() == 0:
-                    results[case] = compare(before, expected, found)
+    for case in cases:
+        hf_dir = Path(case["hf"])
+        rows = samples_of(ConversationEncoder(hf_dir, task="sft"))
+        before = load_file(hf_dir / "model.safetensors")
+        leads, expected = dist.get_rank() == 0, {}
+        if leads:
+            folder = out.parent / f"reference {case['name']}"
+            expected = reference(hf_dir, rows, stage(**(HYPER | case["fields"])), folder)
+        before_kill = case["fields"] | case["killed_at"]
+        scratch = out.parent / f"scratch {case['name']}"
+        scratch.mkdir(exist_ok=True)
+        dist.barrier()
+        if case["killed_at"]:
+            checkpoint_of_one_step(hf_dir, rows, stage(**(HYPER | before_kill)), scratch)
+        for layout, fields in case["layouts"].items():
+            name = f"{case['name']} {layout}"
+            folder = out.parent / name.replace(" ", "_")
+            found = megatron_step(
+                hf_dir, rows, stage(**(HYPER | case["fields"] | fields)), folder, scratch
+            )
+            if leads:
+                results[name] = compare(before, expected, found)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(results))
 

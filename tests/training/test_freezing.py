@@ -4,7 +4,7 @@ from torch import nn
 from vlmcore.errors import TrainError
 from vlmcore.families import FAMILIES
 from vlmcore.recipe.schema import TrainStage
-from vlmcore.training.freezing import apply_freezes, freeze_group
+from vlmcore.training.freezing import apply_freezes, freeze_group, require_trainable
 
 STAGE = {"name": "s", "data": ("d",), "train_iters": 1}
 
@@ -38,24 +38,30 @@ def test_parameters_of_the_megatron_model_are_grouped(parameter: str, group: str
     assert freeze_group(parameter, FAMILIES["qwen3_vl"]) == group
 
 
+def trained(model: nn.Module, stage: TrainStage) -> set[str]:
+    apply_freezes(model, FAMILIES["qwen3_vl"], stage)
+    return {name for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def test_only_unfrozen_groups_train() -> None:
     model = model_of(
         "vision_model.visual.patch_embed.proj", "vision_model.visual.merger.linear_fc1", "decoder.a"
     )
     stage = TrainStage(**STAGE, freeze_vit=True, freeze_llm=True)
-    assert apply_freezes(model, FAMILIES["qwen3_vl"], stage) == {
-        "aligner": {"parameters": 3, "trainable": 3},
-        "llm": {"parameters": 3, "trainable": 0},
-        "vit": {"parameters": 3, "trainable": 0},
-    }
-    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {
-        f"vision_model.visual.merger.linear_fc1.{part}" for part in ("weight", "bias")
-    }
+    merger = "vision_model.visual.merger.linear_fc1"
+    assert trained(model, stage) == {f"{merger}.weight", f"{merger}.bias"}
+
+
+def test_a_regex_trains_more_than_the_groups() -> None:
+    model = model_of("vision_model.visual.merger.linear_fc1", "decoder.a", "decoder.b")
+    frozen = {f"freeze_{group}": True for group in ("vit", "aligner", "llm")}
+    stage = TrainStage(**STAGE, **frozen, trainable_parameters_regex=r"decoder\.b\.w|fc1\.bias")
+    expected = {"vision_model.visual.merger.linear_fc1.bias", "decoder.b.weight"}
+    assert trained(model, stage) == expected
 
 
 def test_nothing_trainable_is_refused() -> None:
     """The recipe cannot see that a `vlm` is a text model, so the model itself decides."""
     stage = TrainStage(**STAGE, freeze_llm=True)
     with pytest.raises(TrainError, match="train.s: nothing is trainable: the model has llm"):
-        apply_freezes(model_of("decoder.a"), FAMILIES["qwen3"], stage)
+        require_trainable({"llm": {"parameters": 3, "trainable": 0}}, stage)

@@ -6,11 +6,63 @@ from typing import Any
 import pytest
 
 from vlmcore.training.launch import launch
-from vlmcore.weights.convert import to_mcore
 
-LAYOUTS = ("dp2", "tp2", "tp2_sp")
-# with images, and without; tied and untied
-MODELS = {"qwen3": ("qwen3", True), "qwen3_vl": ("qwen3_vl", False)}
+TP = {"tensor_model_parallel_size": 2}
+TP4 = {"tensor_model_parallel_size": 4}  # more ranks than kv heads
+SP = TP | {"sequence_parallel": True}
+PP = {"pipeline_model_parallel_size": 2}
+PP4 = {"pipeline_model_parallel_size": 4}
+VPP = PP | {"virtual_pipeline_model_parallel_size": 2}
+CP = {"context_parallel_size": 2}
+EP = {"expert_model_parallel_size": 2}
+EP4 = {"expert_model_parallel_size": 4}
+ETP = {"expert_tensor_parallel_size": 2}
+FULL = {"recompute_granularity": "full"}
+GROUPS = FULL | {"recompute_num_layers": 2, "vit_gradient_checkpointing": True}
+BLOCK = FULL | {"recompute_method": "block", "recompute_num_layers": 1}
+MOE_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+
+TWO = {"train_iters": 2}
+LORA = {"tuner_type": "lora", "train_iters": 2, "lora_rank": 4, "lora_alpha": 6}
+EVERYWHERE = LORA | {"target_modules": ["all-linear"], "use_rslora": True}
+LORA_LLM = LORA | {"tuner_type": "lora_llm", "freeze_vit": True}
+
+# name: model, what all its layouts share, layouts; `killed_at`: a checkpoint after the first of two
+# steps was written at that layout
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "dense": ("qwen3", {}, {
+        "dp": {}, "tp4": TP4, "vpp": VPP, "pp4": PP4, "cp4": {"context_parallel_size": 4},
+        "pp_cp": PP | CP,
+    }),
+    "deepstack": ("qwen3_vl", {}, {
+        "dp": {}, "tp": TP, "sp_cp": SP | CP, "pp_sp_groups": PP | SP | GROUPS, "block": BLOCK,
+        "cp_selective": CP | SELECTIVE,
+    }),
+    "windowed": ("qwen2_5_vl", {}, {"pp_cp": PP | CP}),
+    "aligner": ("qwen3_vl", {"freeze_vit": True, "freeze_llm": True}, {
+        "dp": {}, "sp_cp": SP | CP, "pp_groups": PP | GROUPS, "selective": SELECTIVE,
+    }),
+    "rates": ("qwen3_vl", {"vit_lr": 0.03, "aligner_lr": 0.2}, {"pp": PP}),
+    "experts": ("qwen3_moe", {}, {
+        "ep4": EP4, "etp": ETP, "sp_ep": SP | EP, "ep_etp": EP | ETP, "pp_ep": PP | EP,
+        "vpp_ep_full": VPP | EP | FULL, "cp_ep": CP | EP,
+    }),
+    "routers": ("qwen3_moe", {"moe_aux_loss_coeff": 0.7, "moe_z_loss_coeff": 0.2}, {
+        "dp": {}, "sp": SP, "cp_ep": CP | EP, "pp_ep_full": PP | EP | FULL,
+    }),
+    # two steps: at the first, the gradient of A is zero
+    "lora": ("qwen3_moe", LORA, {"sp_ep": SP | EP, "pp_moe": PP | MOE_AGAIN}),
+    "lora_everywhere": ("qwen3_vl", EVERYWHERE, {"dp": {}, "sp_cp": SP | CP}),
+    "lora_llm": ("qwen3_vl", LORA_LLM, {"pp": PP, "selective": SELECTIVE}),
+    "resumed_tied": ("qwen3", TWO | {"killed_at": VPP}, {"vpp": VPP, "tp": TP, "dp": {}}),
+    "resumed_rates": (
+        "qwen3_vl", TWO | {"killed_at": SP, "vit_lr": 0.03, "freeze_aligner": True}, {"pp": PP},
+    ),
+    "resumed_experts": ("qwen3_moe", TWO | {"killed_at": EP}, {"ep4": EP4, "pp": PP, "sp": SP}),
+    "resumed_lora": ("qwen3_moe", LORA | {"killed_at": PP | EP}, {"sp_ep": SP | EP}),
+}  # fmt: skip
+NAMES = [f"{case} {layout}" for case, (_, _, layouts) in CASES.items() for layout in layouts]
 
 pytestmark = pytest.mark.slow
 
@@ -19,41 +71,64 @@ pytestmark = pytest.mark.slow
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Figures of every case, from one torchrun."""
     folder = tmp_path_factory.mktemp("steps")
-    models = {}
-    for name, (model_type, tied) in MODELS.items():
-        hf = tiny_model(model_type, tied=tied)
-        to_mcore(hf, folder / "mcore" / name)
-        models[name] = [str(hf), str(folder / "mcore" / name)]
-    (folder / "models.json").write_text(json.dumps(models))
+    cases = [
+        {
+            "name": name,
+            "hf": str(tiny_model(model, num_hidden_layers=4, tied=model == "qwen3")),
+            "killed_at": fields.get("killed_at", {}),
+            "fields": {key: value for key, value in fields.items() if key != "killed_at"},
+            "layouts": layouts,
+        }
+        for name, (model, fields, layouts) in CASES.items()
+    ]
+    (folder / "cases.json").write_text(json.dumps(cases))
     launch(
         "tests.training.step_cases",
-        [str(folder / "models.json"), str(folder / "out.json")],
-        nproc_per_node=2,
+        [str(folder / "cases.json"), str(folder / "out.json")],
+        nproc_per_node=4,
         log_path=folder / "log",
     )
     return json.loads((folder / "out.json").read_text())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["qwen3 all", "qwen3_vl all", "qwen3_vl aligner"])
-def test_a_step_equals_transformers_and_adamw(results: Any, case: str, layout: str) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_equals_transformers_and_adamw(results: Any, name: str) -> None:
     """Packed rows against samples alone, uneven over ranks, with clipping at work."""
-    figures = results[f"{case} {layout}"]
+    figures = results[name]
     assert figures["clipped"]
     assert figures["loss"] <= 1e-5
     assert figures["grad_norm"] <= 1e-5
     assert figures["worst"][1] <= 1e-5, figures["worst"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", CASES["aligner"][2])
 def test_frozen_groups_stay_bit_identical_and_the_aligner_moves(results: Any, layout: str) -> None:
-    moved = results[f"qwen3_vl aligner {layout}"]["moved"]
+    moved = results[f"aligner {layout}"]["moved"]
     assert len(moved) == 18  # three mergers of two linears and a norm, each weight and bias
     assert all("merger" in key for key in moved)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_everything_moves_where_nothing_is_frozen(results: Any, layout: str) -> None:
-    for name in MODELS:
-        figures = results[f"{name} all {layout}"]
-        assert len(figures["moved"]) == figures["keys"]
+@pytest.mark.parametrize("layout", CASES["lora_llm"][2])
+def test_beside_adapters_only_the_aligner_moves(results: Any, layout: str) -> None:
+    moved = {key for key in results[f"lora_llm {layout}"]["moved"] if "lora_" not in key}
+    layers = [key for key in moved if "language_model" in key]
+    assert len(layers) == 4 * 7  # in each layer the four of attention and the three of the mlp
+    assert all(key.endswith("_proj.weight") for key in layers)
+    assert all("merger" in key for key in moved.difference(layers))
+    assert len(moved) == len(layers) + 18
+
+
+WHOLE = [n for n in NAMES if n.split()[0] in ("dense", "deepstack", "windowed", "experts")]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_everything_moves_where_nothing_is_frozen(results: Any, name: str) -> None:
+    assert len(results[name]["moved"]) == results[name]["keys"]
+
+
+@pytest.mark.parametrize("layout", CASES["routers"][2])
+def test_the_routers_losses_are_logged_alike_at_every_layout(results: Any, layout: str) -> None:
+    found, expected = (results[f"routers {name}"]["logged"] for name in (layout, "dp"))
+    assert found.keys() == {"aux_loss", "z_loss"}
+    assert found["aux_loss"] == pytest.approx(expected["aux_loss"], rel=1e-5)
+    assert found["aux_loss"] >= 0.9  # 1 where experts are chosen evenly

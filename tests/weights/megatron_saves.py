@@ -6,15 +6,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from tests.tiny.megatron import stage, under_training
+from tests.tiny.megatron import stage
 from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
-from vlmcore.layout import Layout
 from vlmcore.models.build import save_weights
 from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.distributed import model_parallel, process_group
-from vlmcore.training.optimizer import build_schedule
-from vlmcore.training.step import train_step
+from vlmcore.training.model import prepare
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR
 
 ALIGNER = stage(freeze_vit=True, freeze_llm=True, tensor_model_parallel_size=2)
@@ -25,21 +23,16 @@ class NoLoader:
 
 
 def main(source: Path, saved: Path, trained: Path) -> None:
-    model, optimizer = under_training(source, ALIGNER)
-    save_weights([model.module], saved)
+    training = prepare(ALIGNER, source)
+    save_weights(training.modules, saved)
     encoder = ConversationEncoder(source / SIDECAR, task="sft")
-    train_step(
-        model, optimizer, [row_of([token_sample(encoder, "Read.", "12", images=[(96, 64)])])]
-    )
-    schedule = build_schedule(optimizer, ALIGNER)
-    checkpoints = Checkpointer(
-        trained, model=model, optimizer=optimizer, schedule=schedule, loader=NoLoader()
-    )
+    training.step([row_of([token_sample(encoder, "Read.", "12", images=[(96, 64)])])])
+    checkpoints = Checkpointer(trained, training=training, stage=ALIGNER, loader=NoLoader())
     checkpoints.save(1)
     if dist.get_rank() == 0:
         (trained / "iter_0000001").rename(trained / CHECKPOINT)
 
 
 if __name__ == "__main__":
-    with process_group(num_threads=1), model_parallel(Layout(tensor_model_parallel_size=2), seed=0):
+    with process_group(num_threads=1), model_parallel(ALIGNER.layout, seed=0):
         main(*map(Path, sys.argv[1:]))

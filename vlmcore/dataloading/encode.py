@@ -1,7 +1,7 @@
 """A conversation as token ids and labels, by the model's own tokenizer, template and processor.
 
-Image placeholders are found by token name and repeated by the image processor's own rule, so a
-model with another vocabulary never trains on a placeholder that stands for nothing.
+Placeholders are found by token name and filled by the processor's own rule, so a model with another
+vocabulary never trains on a placeholder that stands for nothing.
 """
 
 from __future__ import annotations
@@ -11,30 +11,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from vlmcore.dataloading.expansion import Filled, fill
+from vlmcore.dataloading.media import MediaLimits, MediaProcessor, Medium
 from vlmcore.dataloading.positions import mrope_position_ids
+from vlmcore.dataloading.rendering import (
+    TAGS,
+    ChatRenderer,
+    GenerativeRenderer,
+    LossScale,
+    Message,
+    Renderer,
+)
 from vlmcore.errors import DataError
 from vlmcore.families import family_of, read_config
 
 IGNORED = -100  # label of a token that carries no loss
-IMAGE_TAG = "<image>"
 
-Message = dict[str, str]
+
+class BadSampleError(DataError):
+    """A sample that cannot be trained on: it is skipped, and counted under `cause`."""
+
+    def __init__(self, cause: str, detail: str) -> None:
+        super().__init__(detail)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
 class EncodedText:
     """Tokens of one sample; `labels[t]` is the token to predict at t + 1, or IGNORED.
 
-    Shapes: input_ids [S], labels [S], position_ids [3, S].
+    Shapes: input_ids [S], labels [S], loss_scale [S], position_ids [3, S].
+
+    Attributes:
+        loss_scale: float32, the weight of each label; 0 where there is none.
+        media: Those that a cut has left, in the order of the text.
     """
 
     input_ids: Tensor
     labels: Tensor
+    loss_scale: Tensor
     position_ids: Tensor
+    media: tuple[Medium, ...] = ()
 
 
 class ConversationEncoder:
@@ -42,140 +63,166 @@ class ConversationEncoder:
 
     Args:
         hf_dir: Folder with config, tokenizer, chat template and processor.
-        task: `sft` puts loss on assistant turns alone, `pt` on every token.
-        max_pixels: Pixels of an image at most; None keeps the processor's own limit.
+        task: `sft`: chat template, loss on assistant turns; `pt`: plain text, loss on all of it.
+        limits: Sizes of images and videos.
+        loss_scale: Which turns of a chat carry loss.
 
     Raises:
-        DataError: The tokenizer has no chat template.
+        DataError: No chat template, or a limit that the family's processor cannot keep.
     """
 
     def __init__(
-        self, hf_dir: Path, *, task: Literal["pt", "sft"], max_pixels: int | None = None
+        self,
+        hf_dir: Path,
+        *,
+        task: Literal["pt", "sft"],
+        limits: MediaLimits | None = None,
+        loss_scale: LossScale = "default",
     ) -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        self.task = task
-        self.family = family_of(read_config(hf_dir))
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
-        if not self.tokenizer.chat_template:
-            raise DataError(
-                f"{hf_dir}: the tokenizer has no chat template; add chat_template.jinja"
-            )
-        self.image_processor: Any = None
-        self.image_token_id: Any = -1
-        if self.family.vision is not None:
-            limits = {} if max_pixels is None else {"max_pixels": max_pixels}
-            self.image_processor = AutoImageProcessor.from_pretrained(hf_dir, **limits)
-            self.image_token_id = self.tokenizer.convert_tokens_to_ids(
-                self.family.vision.image_token
-            )
+        config = read_config(hf_dir)
+        self.family = family_of(config)
+        self.media: MediaProcessor | None = None
+        if self.family.vision is None:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(hf_dir)
+        else:
+            self.media = MediaProcessor(hf_dir, limits or MediaLimits())
+            self.tokenizer = self.media.processor.tokenizer
+        self._plain = task == "pt"
+        self._read_tokens()
+        self._tokens_per_second = config.get("vision_config", {}).get("tokens_per_second")
+        self._renderer: Renderer = (
+            GenerativeRenderer(self.tokenizer, self._placeholders)
+            if self._plain
+            else ChatRenderer(hf_dir, self.tokenizer, loss_scale=loss_scale)
+        )
 
     def encode(
-        self, messages: Sequence[Message], grids_thw: Sequence[Sequence[int]]
+        self,
+        messages: Sequence[Message],
+        media: Sequence[Medium] = (),
+        *,
+        cut_at: int | None = None,
     ) -> EncodedText:
-        """Tokens and labels of a conversation whose images have these patch grids.
+        """Tokens and labels of a conversation.
+
+        Args:
+            messages: Turns; `<image>` and `<video>` in their texts stand for media.
+            media: In the order of those tags.
+            cut_at: Tokens that are left at most; None: all. Where the end would fall into an image
+                or video, it goes as a whole.
 
         Raises:
-            DataError: The template is not prefix-stable, or tags and images do not match.
+            BadSampleError: Tags and media do not match, or a placeholder stands in the text.
+            DataError: The template is not prefix-stable.
         """
-        turns = [_with_image_parts(message) for message in messages]
-        text = self._render(turns)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        trained = self._trained_spans(turns, text)
-        counts = [self._num_features(grid) for grid in grids_thw]
-        images = iter(counts)
-        ids: list[int] = []
-        keep: list[bool] = []
-        for token, (start, end) in zip(
-            encoded["input_ids"], encoded["offset_mapping"], strict=True
-        ):
-            if token == self.image_token_id:
-                count = next(images, None)
-                if count is None:
-                    raise DataError(f"more than {len(counts)} image placeholders in {text!r}")
-                ids += [token] * count
-                keep += [False] * count
-            else:
-                ids.append(token)
-                keep.append(any(a <= start and end <= b for a, b in trained))
-        if next(images, None) is not None:
-            raise DataError(f"fewer than {len(counts)} image placeholders in {text!r}")
-        input_ids = torch.tensor(ids)
-        labels = torch.where(torch.tensor(keep), input_ids, IGNORED)
-        shifted = torch.cat([labels[1:], torch.tensor([IGNORED])])
-        return EncodedText(input_ids, shifted, self._positions(input_ids, grids_thw))
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """Patches over time, height and width of an image of (width, height) pixels."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        processor = self.image_processor
-        width, height = size
-        new_height, new_width = smart_resize(
-            height,
-            width,
-            factor=processor.patch_size * processor.merge_size,
-            min_pixels=processor.size["shortest_edge"],
-            max_pixels=processor.size["longest_edge"],
+        filled = self._fill(messages, media)
+        encoding = self._backend.encode(filled.text, add_special_tokens=self._plain)
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        ids, weights, blocks = self._expand(np.array(encoding.ids), offsets, filled)
+        length = len(ids) if cut_at is None else self._cut(ids, blocks, cut_at)
+        left = tuple(medium for medium, (_, end) in zip(filled.media, blocks, strict=True)
+                     if end <= length)  # fmt: skip
+        ids, next_weights = ids[:length], np.append(weights[1:length], np.float32(0))
+        labels = np.where(next_weights > 0, np.append(ids[1:], IGNORED), IGNORED)
+        input_ids = torch.from_numpy(ids)
+        return EncodedText(
+            input_ids=input_ids,
+            labels=torch.from_numpy(labels),
+            loss_scale=torch.from_numpy(next_weights),
+            position_ids=self._positions(input_ids, left),
+            media=left,
         )
-        return (1, new_height // processor.patch_size, new_width // processor.patch_size)
 
-    def patches(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Patches [N, channels · time · height · width of a patch] and grids [images, 3]."""
-        out = self.image_processor(
-            images=[image.convert("RGB") for image in images], return_tensors="pt"
+    def _read_tokens(self) -> None:
+        """Placeholders of the text, tokens that stand for features, and what no text may hold."""
+        self._backend = self.tokenizer.backend_tokenizer  # twice as fast as transformers' wrapper
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vision = self.family.vision
+        self._placeholders = {} if self.media is None else self.media.placeholders
+        self._feature_tokens: list[str] = []
+        named: set[str] = set()
+        if vision is not None:
+            names = {"image": vision.image_token, "video": vision.video_token}
+            self._feature_tokens = [name for name in names.values() if name is not None]
+            named = {*vision.tokens.values(), *self._placeholders.values()}
+        self._feature_ids: list[int] = self.tokenizer.convert_tokens_to_ids(self._feature_tokens)
+        self._reserved = sorted(named - {*TAGS})
+        self._reserved_ids = set(self.tokenizer.convert_tokens_to_ids([*named]))
+
+    def _fill(self, messages: Sequence[Message], media: Sequence[Medium]) -> Filled:
+        for message in messages:
+            for token in self._reserved:
+                if token in message["content"]:
+                    raise BadSampleError("literal_placeholder", f"the text itself says {token}")
+        rendered = self._renderer.render(messages)
+        filled = fill(
+            rendered,
+            media,
+            placeholders=self._placeholders,
+            feature_tokens=self._feature_tokens,
         )
-        return out["pixel_values"], out["image_grid_thw"]
+        if filled is None:
+            found = {kind: rendered.text.count(token) for kind, token in self._placeholders.items()}
+            raise BadSampleError(
+                "tag_mismatch", f"{len(media)} images and videos, placeholders: {found}"
+            )
+        return filled
 
-    def _positions(self, input_ids: Tensor, grids_thw: Sequence[Sequence[int]]) -> Tensor:
-        if self.family.vision is None or not self.family.vision.mrope:
+    def _expand(
+        self, ids: np.ndarray, offsets: np.ndarray, filled: Filled
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """Ids and weights with runs at full length, and the tokens (first, end) of each medium."""
+        starts, ends = offsets.T
+        times = np.ones(len(ids), dtype=np.int64)
+        is_feature = np.isin(ids, self._feature_ids)
+        assert is_feature.sum() == len(filled.repeats)
+        times[is_feature] = filled.repeats
+        weights = np.zeros(len(ids), dtype=np.float32)
+        for start, end, weight in filled.spans:
+            weights[(starts >= start) & (ends <= end)] = weight
+        before = np.concatenate([[0], times.cumsum()])
+        blocks = []
+        for start, end in filled.blocks:
+            first, last = np.searchsorted(starts, start), np.searchsorted(starts, end)
+            weights[first:last] = 0
+            blocks.append((int(before[first]), int(before[last])))
+        return np.repeat(ids, times), np.repeat(weights, times), blocks
+
+    def _cut(self, ids: np.ndarray, blocks: Sequence[tuple[int, int]], cut_at: int) -> int:
+        """Tokens that are left: no part of a medium, nor what opens one that is gone."""
+        if len(ids) <= cut_at:
+            return len(ids)
+        length = next((first for first, end in blocks if first < cut_at < end), cut_at)
+        inside = {end for _, end in blocks}
+        while length and length not in inside and int(ids[length - 1]) in self._reserved_ids:
+            length -= 1
+        return length
+
+    def _positions(self, input_ids: Tensor, media: Sequence[Medium]) -> Tensor:
+        vision = self.family.vision
+        if vision is None or not vision.mrope or self.media is None:
             return torch.arange(len(input_ids)).expand(3, -1)
+        images = [medium.grid for medium in media if medium.video is None]
+        videos = [medium for medium in media if medium.video is not None]
+        rate = self._tokens_per_second
         return mrope_position_ids(
             input_ids,
-            grids_thw,
-            image_token_id=self.image_token_id,
-            merge_size=self.image_processor.merge_size,
+            [grid for grid in images if grid is not None],
+            image_token_id=self._feature_ids[0],
+            merge_size=self.media.merge_size,
+            video_grids_thw=[video.grid for video in videos if video.grid is not None],
+            video_token_id=self._feature_ids[1],
+            video_intervals=None if rate is None else [rate * v.seconds_per_step for v in videos],
         )
 
-    def _num_features(self, grid: Sequence[int]) -> int:
-        t, h, w = grid
-        return int(t * h * w // self.image_processor.merge_size**2)
 
-    def _render(self, messages: Sequence[Any], *, prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=prompt
-            )
-        )
+def dummy_vision_inputs(encoder: ConversationEncoder) -> dict[str, Tensor]:
+    """What the vision side of a rank looks at where a row holds no image; none for a text model.
 
-    def _trained_spans(self, messages: Sequence[Any], text: str) -> list[tuple[int, int]]:
-        """Character spans of `text` that carry loss, from rendering every prefix."""
-        if self.task == "pt":
-            return [(0, len(text))]
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:i], prompt=True)
-            through = self._render(messages[: i + 1])
-            if not (text.startswith(through) and through.startswith(before)):
-                raise DataError(
-                    "the chat template is not prefix-stable: a turn renders differently once "
-                    "others follow it, so its tokens cannot be told apart; use another template"
-                )
-            # what follows the end-of-turn token (a newline) is never predicted
-            spans.append((len(before), len(through.rstrip())))
-        return spans
-
-
-def _with_image_parts(message: Message) -> dict[str, Any]:
-    """A message whose `<image>` tags are content parts, as chat templates want them."""
-    if IMAGE_TAG not in message["content"]:
-        return dict(message)
-    parts: list[dict[str, str]] = []
-    for i, text in enumerate(message["content"].split(IMAGE_TAG)):
-        if i:
-            parts.append({"type": "image"})
-        if text:
-            parts.append({"type": "text", "text": text})
-    return {"role": message["role"], "content": parts}
+    Its features times zero, added to the embeddings, make the rank's backward reach the same
+    weights as that of ranks whose rows hold images: a reduction over ranks waits for all of them.
+    """
+    return {} if encoder.media is None else encoder.media.smallest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,59 @@ from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 from megatron.energon.errors import reraise_exception
 from megatron.energon.savable_loader import SavableDataLoader
 
+from vlmcore.dataloading.encode import ConversationEncoder
+from vlmcore.dataloading.media import MediaLimits
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
+from vlmcore.recipe.schema import TrainStage
 
 SHUFFLE_BUFFER_SIZE = 1_000
+CHECKPOINT_EVERY_S = 10.0  # a restored worker makes the rows since its last one again
+
+
+def stage_loader(
+    stage: TrainStage,
+    datasets: Sequence[Path],
+    *,
+    hf_dir: Path,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    blend_file: Path,
+) -> SavableDataLoader[PackedRow]:
+    """The rows that a training stage asks for.
+
+    Args:
+        stage: Says how samples are encoded, cut and packed.
+        datasets: Energon dataset folders.
+        hf_dir: Tokenizer, chat template and processor of the model.
+        data_parallel_rank: See `train_loader`.
+        data_parallel_size: Likewise.
+        blend_file: Likewise.
+
+    Raises:
+        DataError: The model has no chat template, or its processor cannot keep a limit.
+    """
+    limits = {field.name: getattr(stage, field.name) for field in fields(MediaLimits)}
+    encoder = ConversationEncoder(
+        hf_dir, task=stage.task, limits=MediaLimits(**limits), loss_scale=stage.loss_scale
+    )
+    task_encoder = ConversationTaskEncoder(
+        encoder,
+        max_length=stage.max_length,
+        truncation=stage.truncation_strategy,
+        multiple=stage.row_multiple,
+    )
+    return train_loader(
+        datasets,
+        task_encoder,
+        micro_batch_size=stage.micro_batch_size,
+        packing_buffer_size=stage.packing_buffer_size if stage.packing else None,
+        seed=stage.seed,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+        blend_file=blend_file,
+        num_workers=stage.dataloader_num_workers,
+    )
 
 
 def train_loader(
@@ -27,6 +78,7 @@ def train_loader(
     data_parallel_rank: int,
     data_parallel_size: int,
     blend_file: Path,
+    num_workers: int = 0,
 ) -> SavableDataLoader[PackedRow]:
     """An endless loader of this data parallel rank's rows.
 
@@ -39,11 +91,15 @@ def train_loader(
         data_parallel_rank: Ranks of one tensor parallel group pass the same one.
         data_parallel_size: How many ranks read different data.
         blend_file: Where the description of a blend is written.
+        num_workers: Processes that read, encode and decode while the caller trains; each has the
+            samples of its own shards and its own packing buffer. 0: the caller's process does it.
     """
+    # the workers are the parallel ones, and a fork of a threaded tokenizer warns
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     worker_config = WorkerConfig(
         rank=data_parallel_rank,
         world_size=data_parallel_size,
-        num_workers=0,
+        num_workers=num_workers,
         seed_offset=seed,
         global_error_handler=reraise_exception,  # a sample is dropped on purpose or not at all
     )
@@ -56,7 +112,21 @@ def train_loader(
         max_samples_per_sequence=None,
         task_encoder=task_encoder,
     )
-    return get_savable_loader(dataset, watchdog_timeout_seconds=None)
+    return get_savable_loader(
+        dataset, checkpoint_every_sec=CHECKPOINT_EVERY_S, watchdog_timeout_seconds=None
+    )
+
+
+def stop_workers(loader: SavableDataLoader[PackedRow]) -> None:
+    """Ends the processes of a loader, which is of no use afterwards.
+
+    Left to the garbage collector each takes five seconds: a loader and its iterator refer to each
+    other, and of what is collected in a cycle the queues are closed before the finalizer can tell
+    the workers through them to end (torch 2.13, energon 7.4).
+    """
+    iterator = loader._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _blend(datasets: Sequence[Path], blend_file: Path) -> Path:

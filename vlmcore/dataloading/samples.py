@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 
 import torch
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
 from torch import Tensor
 
-from vlmcore.dataloading.encode import IGNORED, Message
+from vlmcore.dataloading.encode import IGNORED
+from vlmcore.dataloading.media import Medium
+from vlmcore.dataloading.rendering import Message
 
 
 @edataclass
 class ConversationSample(Sample):
-    """Turns as they were written, and the images of their `<image>` tags as original bytes."""
+    """Turns as they were written, and the files that their tags stand for, as original bytes."""
 
     messages: list[Message]
     images: list[bytes]
+    videos: list[bytes] = field(default_factory=list)
 
 
 @edataclass
 class TokenSample(Sample):
-    """One encoded conversation; its images wait as bytes until the sample is placed in a row."""
+    """One encoded conversation; its media wait as bytes until the sample is placed in a row."""
 
     input_ids: Tensor  # [S]
     labels: Tensor  # [S], shifted
+    loss_scale: Tensor  # [S], weights of the labels
     position_ids: Tensor  # [3, S]
-    images: list[bytes]
-    pixel_values: Tensor | None = None  # [patches, patch]
-    image_grid_thw: Tensor | None = None  # [images, 3]
+    media: tuple[Medium, ...] = ()
+    files: list[bytes] = field(default_factory=list)  # of the media, in their order
+    vision: dict[str, Tensor] = field(default_factory=dict)
 
 
 @edataclass
@@ -41,41 +47,53 @@ class PackedRow(Sample):
 
     input_ids: Tensor  # [T]
     labels: Tensor  # [T]
+    loss_scale: Tensor  # [T], float32: weights of the labels, 0 where there is none
     position_ids: Tensor  # [3, T]
     cu_seqlens: Tensor  # [n + 1], int32
-    pixel_values: Tensor | None  # [patches, patch]
-    image_grid_thw: Tensor | None  # [images, 3]
+    vision: dict[str, Tensor]  # the processor's outputs for all media in turn; empty: text alone
     num_samples: int
-    num_dropped: int  # samples dropped as too long since the row before
+    dropped: dict[str, int]  # samples left out since the row before, by cause
+
+    @property
+    def num_dropped(self) -> int:
+        """Samples left out since the row before, for whatever cause."""
+        return sum(self.dropped.values())
 
 
 def pack_row(
-    samples: Sequence[TokenSample], *, pad_token_id: int, multiple: int, num_dropped: int
+    samples: Sequence[TokenSample],
+    *,
+    pad_token_id: int,
+    multiple: int,
+    dropped: Mapping[str, int],
 ) -> PackedRow:
     """Concatenates samples into one row, padded at the end to a multiple of `multiple` tokens."""
     lengths = [len(sample.input_ids) for sample in samples]
     padding = -sum(lengths) % multiple
-    pieces = [(s.input_ids, s.labels, s.position_ids) for s in samples]
+    pieces = [(s.input_ids, s.labels, s.loss_scale, s.position_ids) for s in samples]
     if padding:
         pieces.append(
             (
                 torch.full((padding,), pad_token_id),
                 torch.full((padding,), IGNORED),
+                torch.zeros(padding),
                 torch.arange(padding).expand(3, -1),
             )
         )
         lengths.append(padding)
-    ids, labels, positions = zip(*pieces, strict=True)
-    pixels = [s.pixel_values for s in samples if s.pixel_values is not None]
-    grids = [s.image_grid_thw for s in samples if s.image_grid_thw is not None]
+    ids, labels, scales, positions = zip(*pieces, strict=True)
+    vision: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for sample in samples:
+        for name, value in sample.vision.items():
+            vision[name].append(value)
     return PackedRow.derive_from(
         samples[0],
         input_ids=torch.cat(ids),
         labels=torch.cat(labels),
+        loss_scale=torch.cat(scales),
         position_ids=torch.cat(positions, dim=1),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        pixel_values=torch.cat(pixels) if pixels else None,
-        image_grid_thw=torch.cat(grids) if grids else None,
+        vision={name: torch.cat(values) for name, values in vision.items()},
         num_samples=len(samples),
-        num_dropped=num_dropped,
+        dropped=dict(dropped),
     )

@@ -2,75 +2,103 @@
 
 from __future__ import annotations
 
-import io
 import json
+import logging
+import re
+import struct
+import zlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NoReturn
 
+import numpy as np
 from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, stateless
 from PIL import Image
 
-from vlmcore.dataloading.encode import ConversationEncoder
+from vlmcore.dataloading.encode import BadSampleError, ConversationEncoder
+from vlmcore.dataloading.media import Medium, image_size, open_image
 from vlmcore.dataloading.packing import pack_by_length
+from vlmcore.dataloading.rendering import IMAGE_TAG, VIDEO_TAG
 from vlmcore.dataloading.samples import ConversationSample, PackedRow, TokenSample, pack_row
+from vlmcore.dataloading.video import frames_at, probe_video
 from vlmcore.errors import DataError
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPS_IN_A_ROW = 1_000  # past so many, the data is not meant for this model or max_length
+_TAGS = re.compile(f"{IMAGE_TAG}|{VIDEO_TAG}")
+# what PIL's decoders raise on damaged bytes, and `frames_at`
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError,
+    struct.error, zlib.error, DataError,
+)  # fmt: skip
 
 
 @stateless
 def cook_conversation(crude: dict[str, Any]) -> ConversationSample:
     """A crude webdataset sample as a conversation; members stay the bytes that were stored."""
     row = json.loads(crude["json"])
-    images = [crude[name] for name in row["images"]]
-    return ConversationSample(**basic_sample_keys(crude), messages=row["messages"], images=images)
+    return ConversationSample(
+        **basic_sample_keys(crude),
+        messages=row["messages"],
+        images=[crude[name] for name in row["images"]],
+        videos=[crude[name] for name in row.get("videos", [])],
+    )
 
 
 class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, PackedRow, PackedRow]):
     """Conversations to rows.
 
-    Images are decoded only once their sample has a place in a row, so the packing buffer holds
-    tokens and compressed bytes, never pixels.
+    Media are decoded only once their sample has a place in a row, so the packing buffer holds
+    tokens and compressed bytes, never pixels. Samples that cannot be trained on are skipped; each
+    row counts, by cause, those since the row before.
 
     Args:
-        encoder: Tokenizer, template and image processor of the model.
-        max_length: Tokens of a row; a longer sample is dropped and counted.
+        encoder: Tokenizer, template and processor of the model.
+        max_length: Tokens of a row.
+        truncation: What becomes of a longer sample: `delete` skips it, `right` cuts its end.
         multiple: Rows are padded to a multiple of this many tokens (sequence parallelism).
     """
 
     cookers = (Cooker(cook_conversation),)
     decoder = None  # members arrive as bytes
 
-    def __init__(self, encoder: ConversationEncoder, *, max_length: int, multiple: int = 1) -> None:
+    def __init__(
+        self,
+        encoder: ConversationEncoder,
+        *,
+        max_length: int,
+        truncation: Literal["delete", "right"] = "delete",
+        multiple: int = 1,
+    ) -> None:
         self.encoder = encoder
         self.max_length = max_length
+        self.truncation = truncation
         self.multiple = multiple
-        self._num_dropped = 0
+        self._dropped: Counter[str] = Counter()
+        self._skips_in_a_row: Counter[str] = Counter()
 
     @stateless
     def preencode_sample(self, sample: ConversationSample) -> TokenSample:
-        """Tokens from the text and the image sizes; nothing is decoded yet."""
-        grids = [self.encoder.grid(Image.open(io.BytesIO(data)).size) for data in sample.images]
+        """Tokens from the text and the sizes of its media; no pixels are unpacked yet."""
         try:
-            text = self.encoder.encode(sample.messages, grids)
-        except DataError as error:
-            raise DataError(f"sample {sample.__key__}: {error}") from error
-        if len(text.input_ids) > self.max_length:
-            self._num_dropped += 1
-            raise SkipSample
-        return TokenSample.derive_from(
-            sample,
-            input_ids=text.input_ids,
-            labels=text.labels,
-            position_ids=text.position_ids,
-            images=sample.images,
-        )
+            encoded = self._encode(sample)
+        except BadSampleError as error:
+            self._skip(sample.__key__, error)
+        self._skips_in_a_row.clear()
+        return encoded
 
     @stateless
     def postencode_sample(self, sample: TokenSample) -> TokenSample:
-        """Decodes the images into patches."""
-        if sample.images:
-            opened = [Image.open(io.BytesIO(data)) for data in sample.images]
-            sample.pixel_values, sample.image_grid_thw = self.encoder.patches(opened)
-            sample.images = []
+        """Decodes the media into what the vision side wants."""
+        if sample.media:
+            assert self.encoder.media is not None
+            try:
+                pixels = [_decode(m, f) for m, f in zip(sample.media, sample.files, strict=True)]
+            except _DECODE_ERRORS as error:
+                self._skip(sample.__key__, BadSampleError("bad_media", str(error)))
+            sample.vision = self.encoder.media.tensors(sample.media, pixels)
+            sample.files = []
         return sample
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
@@ -89,11 +117,89 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         """Without packing: a micro batch is a row of exactly that many samples, padding-free."""
         return self._row(samples)
 
+    def _encode(self, sample: ConversationSample) -> TokenSample:
+        files = _in_order(sample)
+        media = self._measure(sample, files)
+        file_of = {id(one): file for one, (_, file) in zip(media, files, strict=True)}
+        cut_at = self.max_length if self.truncation == "right" else None
+        text = self.encoder.encode(sample.messages, media, cut_at=cut_at)
+        length = len(text.input_ids)
+        if length > self.max_length:
+            raise BadSampleError("too_long", f"{length} tokens, max_length is {self.max_length}")
+        if self._cut_to_one_tiled(text.media, sample):
+            raise BadSampleError("too_long", "of several images one is left, which is read tiled")
+        if not text.loss_scale.any():
+            raise BadSampleError("no_loss", "no token carries loss")
+        return TokenSample.derive_from(
+            sample,
+            input_ids=text.input_ids,
+            labels=text.labels,
+            loss_scale=text.loss_scale,
+            position_ids=text.position_ids,
+            media=text.media,
+            files=[file_of[id(medium)] for medium in text.media],
+        )
+
+    def _cut_to_one_tiled(self, left: Sequence[Medium], sample: ConversationSample) -> bool:
+        num_images = sum(medium.video is None for medium in left)
+        processor = self.encoder.media
+        return num_images == 1 < len(sample.images) and bool(processor and processor.tiles_by_count)
+
+    def _measure(
+        self, sample: ConversationSample, files: Sequence[tuple[str, bytes]]
+    ) -> list[Medium]:
+        processor = self.encoder.media
+        found = []
+        for tag, file in files:
+            if processor is None or (tag == VIDEO_TAG and "video" not in processor.placeholders):
+                raise BadSampleError("unsupported_media", f"the model takes no {tag}")
+            try:
+                if tag == VIDEO_TAG:
+                    found.append(processor.video(probe_video(file)))
+                else:
+                    alone = len(sample.images) == 1
+                    found.append(processor.image(image_size(file), alone=alone))
+            except _DECODE_ERRORS as error:
+                raise BadSampleError("bad_media", str(error)) from error
+        return found
+
+    def _skip(self, key: str, error: BadSampleError) -> NoReturn:
+        if not self._dropped[error.cause]:
+            log.info("skipped sample %s (%s): %s", key, error.cause, error)
+        self._dropped[error.cause] += 1
+        self._skips_in_a_row[error.cause] += 1
+        if self._skips_in_a_row.total() >= MAX_SKIPS_IN_A_ROW:
+            causes = ", ".join(f"{n} {cause}" for cause, n in self._skips_in_a_row.most_common())
+            raise DataError(
+                f"{MAX_SKIPS_IN_A_ROW} samples in a row cannot be trained on: {causes}; the last "
+                f"one is {key}: {error}. Raise max_length, or take data that fits this model."
+            ) from error
+        raise SkipSample from error
+
     def _row(self, samples: Sequence[TokenSample]) -> PackedRow:
-        dropped, self._num_dropped = self._num_dropped, 0
+        dropped, self._dropped = self._dropped, Counter()
         return pack_row(
             samples,
             pad_token_id=self.encoder.tokenizer.pad_token_id,
             multiple=self.multiple,
-            num_dropped=dropped,
+            dropped=dropped,
         )
+
+
+def _in_order(sample: ConversationSample) -> list[tuple[str, bytes]]:
+    """The sample's files in the order of their tags.
+
+    Raises:
+        BadSampleError: There are more or fewer tags than files.
+    """
+    waiting = {IMAGE_TAG: list(sample.images), VIDEO_TAG: list(sample.videos)}
+    tags = [tag for message in sample.messages for tag in _TAGS.findall(message["content"])]
+    counts = {tag: tags.count(tag) for tag in waiting}
+    expected = {tag: len(files) for tag, files in waiting.items()}
+    if counts != expected:
+        raise BadSampleError("tag_mismatch", f"tags {counts}, files {expected}")
+    return [(tag, waiting[tag].pop(0)) for tag in tags]
+
+
+def _decode(medium: Medium, file: bytes) -> Image.Image | np.ndarray:
+    return open_image(file) if medium.video is None else frames_at(file, medium.times_s)

@@ -1,10 +1,10 @@
-"""Frames of a video file at a steady rate, each with the second at which it is shown."""
+"""Frames of a video file at given times."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,17 +31,6 @@ class VideoInfo:
         return self.num_frames / self.fps
 
 
-@dataclass(frozen=True)
-class SampledFrames:
-    """Frames with their times.
-
-    Shapes: frames [N, height, width, 3], uint8, RGB; timestamps_s has N entries, growing.
-    """
-
-    frames: np.ndarray  # NHWC
-    timestamps_s: list[float]
-
-
 def probe_video(data: bytes) -> VideoInfo:
     """Size, rate and length of a video, from its header and its first frame.
 
@@ -51,7 +40,7 @@ def probe_video(data: bytes) -> VideoInfo:
     import cv2  # its import takes half a second, and most datasets hold no video
 
     capture = _open(data)
-    for _, frame_HWC in _frames(capture, [0.0]):
+    for frame_HWC in _frames(capture, [0.0]):
         return VideoInfo(
             width=frame_HWC.shape[1],
             height=frame_HWC.shape[0],
@@ -61,32 +50,24 @@ def probe_video(data: bytes) -> VideoInfo:
     raise DataError("the video's first frame does not decode; encode it again")
 
 
-def frame_times(duration_s: float, *, fps: float, max_frames: int) -> list[float]:
-    """Seconds at which to look: `fps` times a second from 0 on, fewer where those are too many.
+def frames_at(data: bytes, times_s: Sequence[float]) -> np.ndarray:
+    """For each time the first frame at or after it: [N, height, width, 3], uint8, RGB.
 
-    Past `max_frames` the times are spread evenly over the whole video instead.
-    """
-    count = max(1, math.ceil(duration_s * fps - 1e-9))
-    if count <= max_frames:
-        return [i / fps for i in range(count)]
-    return [i * duration_s / max_frames for i in range(max_frames)]
-
-
-def sample_frames(data: bytes, *, fps: float = 2.0, max_frames: int = 768) -> SampledFrames:
-    """The first frame at or after each of `frame_times`, with the time that it really has.
+    There are always as many frames as times: what is asked for past the end, which a header may
+    promise, is the last frame again.
 
     Args:
         data: the video file.
-        fps: frames a second that are wanted; 2 is what Qwen's processors take.
-        max_frames: at most so many.
+        times_s: seconds, growing.
 
     Raises:
         DataError: no frame decodes.
     """
-    info = probe_video(data)
-    times = frame_times(info.duration_s, fps=fps, max_frames=max_frames)
-    found = list(_frames(_open(data), times))
-    return SampledFrames(np.stack([frame for _, frame in found]), [time for time, _ in found])
+    found = list(_frames(_open(data), times_s))
+    if not found:
+        raise DataError("no frame of the video decodes; encode it again")
+    found += [found[-1]] * (len(times_s) - len(found))
+    return np.stack(found)
 
 
 def _open(data: bytes) -> Any:
@@ -110,18 +91,20 @@ def _rate(capture: Any) -> float:
     return rate if math.isfinite(rate) and rate > 0 else 1.0
 
 
-def _frames(capture: Any, times: list[float]) -> Iterator[tuple[float, np.ndarray]]:
-    """For each time in turn the first frame that is due, RGB; none is given twice."""
+def _frames(capture: Any, times_s: Sequence[float]) -> Iterator[np.ndarray]:
+    """For each time in turn the first frame that is due, RGB, the same one twice if need be."""
     import cv2
 
-    due = iter(times)
+    due = iter(times_s)
     target = next(due, None)
     while target is not None and capture.grab():
         now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
         if now + TICK_S < target:
             continue
         ok, frame_HWC = capture.retrieve()
-        if ok:
-            yield now, cv2.cvtColor(frame_HWC, cv2.COLOR_BGR2RGB)
+        if not ok:
+            continue
+        frame_HWC = cv2.cvtColor(frame_HWC, cv2.COLOR_BGR2RGB)
         while target is not None and target <= now + TICK_S:
+            yield frame_HWC
             target = next(due, None)

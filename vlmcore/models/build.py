@@ -15,7 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
 from vlmcore.layout import Layout
-from vlmcore.models.language_model import build_language_model, check_layout, transformer_config
+from vlmcore.models.fit import require_layout
+from vlmcore.models.language_model import build_language_model, transformer_config
 from vlmcore.models.vision import build_vision_model, placeholders
 from vlmcore.models.vision_language import VisionLanguageModel
 
@@ -28,6 +29,7 @@ def build_model(
     layout: Layout = ONE_RANK,
     params_dtype: torch.dtype = torch.float32,
     parallel_output: bool = True,
+    **training: Any,
 ) -> list[MegatronModule]:
     """This rank's chunks of the model that an HF folder describes; weights are not initialised.
 
@@ -38,6 +40,7 @@ def build_model(
         layout: As given to `vlmcore.training.distributed.model_parallel`.
         params_dtype: Dtype of the weights.
         parallel_output: Leave logits split over the tensor parallel ranks.
+        training: Further fields of Megatron's TransformerConfig, see `transformer_config`.
 
     Raises:
         TrainError: The layout does not divide the model.
@@ -47,7 +50,7 @@ def build_model(
     config = read_config(hf_dir)
     family = family_of(config)
     shape = family.language_model(config)
-    mcore_config = transformer_config(shape, layout, params_dtype=params_dtype)
+    mcore_config = transformer_config(shape, layout, params_dtype=params_dtype, **training)
     count = layout.virtual_pipeline_model_parallel_size
     chunks: list[MegatronModule] = [
         build_language_model(
@@ -76,17 +79,6 @@ def build_model(
         )
         for chunk in chunks
     ]
-
-
-def require_layout(hf_dir: Path, layout: Layout) -> None:
-    """Refuses a layout that does not divide the model, before anything is built.
-
-    Raises:
-        TrainError: Lists every size that does not divide what it cuts.
-    """
-    config = read_config(hf_dir)
-    levels = (config.get("vision_config") or {}).get("deepstack_visual_indexes") or ()
-    check_layout(family_of(config).language_model(config), layout, num_deepstack=len(levels))
 
 
 def sharded_state_dict(model: MegatronModule) -> dict[str, Any]:

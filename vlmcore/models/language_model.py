@@ -25,9 +25,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from vlmcore.errors import TrainError
 from vlmcore.families import LanguageModel, MixtureOfExperts
 from vlmcore.layout import Layout
+from vlmcore.models.decoder import Decoder, DecoderBlock, DecoderLayer
 from vlmcore.models.layers import PackedAttention, PositionRotary, RMSNorm
 
 
@@ -36,8 +36,16 @@ def transformer_config(
     layout: Layout,
     *,
     params_dtype: torch.dtype = torch.float32,
+    **training: Any,
 ) -> TransformerConfig:
-    """Megatron's config of a decoder; every fusion that needs TransformerEngine or Apex is off."""
+    """Megatron's config of a decoder; every fusion that needs TransformerEngine or Apex is off.
+
+    Args:
+        model: The decoder's shape.
+        layout: How it lies over ranks.
+        params_dtype: Dtype of the weights.
+        training: Further fields of Megatron's config: recompute, losses of the router.
+    """
     interleaved = layout.virtual_pipeline_model_parallel_size > 1
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -66,19 +74,22 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
         sequence_parallel=layout.sequence_parallel,
+        variable_seq_lengths=layout.pipeline_model_parallel_size > 1,  # packed rows differ
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight is loaded
+        moe_token_dispatcher_type="alltoall",
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **(_experts_config(model.moe) if model.moe else {}),
+        **((_experts_config(model.moe) if model.moe else {}) | training),
     )
 
 
@@ -95,73 +106,7 @@ def _experts_config(moe: MixtureOfExperts) -> dict[str, Any]:
         "moe_router_pre_softmax": not moe.norm_topk_prob,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
     }
-
-
-def check_layout(model: LanguageModel, layout: Layout, *, num_deepstack: int = 0) -> None:
-    """Refuses a layout that cannot cut this decoder.
-
-    Args:
-        model: The decoder.
-        layout: How to cut it.
-        num_deepstack: First decoder layers that image features are added to.
-
-    Raises:
-        TrainError: Lists every size that does not divide what it cuts.
-    """
-    tensor = layout.tensor_model_parallel_size
-    pipeline = layout.pipeline_model_parallel_size
-    chunks = pipeline * layout.virtual_pipeline_model_parallel_size
-    kv_heads = model.num_query_groups
-    cuts = [
-        ("tensor_model_parallel_size", tensor, "num_attention_heads", model.num_attention_heads),
-        ("pipeline_model_parallel_size", pipeline, "num_hidden_layers", model.num_layers),
-    ]
-    if tensor <= kv_heads:  # beyond, Megatron gives each rank a copy of one kv head
-        cuts.append(("tensor_model_parallel_size", tensor, "num_key_value_heads", kv_heads))
-    if chunks > pipeline:
-        name = "pipeline_model_parallel_size · virtual_pipeline_model_parallel_size"
-        cuts.append((name, chunks, "num_hidden_layers", model.num_layers))
-    if model.moe is None:
-        cuts.append(
-            ("tensor_model_parallel_size", tensor, "intermediate_size", model.ffn_hidden_size)
-        )
-    else:
-        experts, size = model.moe.num_experts, model.moe.ffn_hidden_size
-        cuts += [
-            ("expert_model_parallel_size", layout.expert_model_parallel_size,
-             "num_experts", experts),
-            ("expert_tensor_parallel_size", layout.expert_tensor_parallel_size,
-             "moe_intermediate_size", size),
-        ]  # fmt: skip
-    faults = [
-        f"{name} {size} does not divide {what} {value} of the language model; use a divisor of "
-        f"{value}"
-        for name, size, what, value in cuts
-        if value % size
-    ]
-    if tensor > kv_heads and tensor % kv_heads:
-        faults.append(
-            f"tensor_model_parallel_size {tensor} is no multiple of num_key_value_heads "
-            f"{kv_heads} of the language model; use a divisor or a multiple of {kv_heads}"
-        )
-    if model.moe is None and (
-        layout.expert_model_parallel_size > 1 or layout.expert_tensor_parallel_size > 1
-    ):
-        faults.append("expert parallel sizes above 1 need a language model with experts")
-    if pipeline == 1 and chunks > 1:
-        faults.append(
-            "virtual_pipeline_model_parallel_size above 1 needs pipeline_model_parallel_size above "
-            "1 too"
-        )
-    if num_deepstack > model.num_layers // chunks:
-        faults.append(
-            f"image features enter the first {num_deepstack} decoder layers (deepstack), but the "
-            f"first of {chunks} pipeline stages holds {model.num_layers // chunks}; use fewer"
-        )
-    if faults:
-        raise TrainError(f"layout {layout}: " + "; ".join(faults))
 
 
 def padded_vocab_size(vocab_size: int, *, tensor_model_parallel_size: int) -> int:
@@ -177,7 +122,7 @@ def build_language_model(
     virtual_stage: int | None = None,
     parallel_output: bool = True,
     scatter_embedding: bool = True,
-) -> GPTModel:
+) -> Decoder:
     """This rank's layers of the decoder, with uninitialised weights.
 
     Args:
@@ -193,7 +138,7 @@ def build_language_model(
         layer_norm=RMSNorm,
     )
     ends = {"ignore_virtual": False, "vp_stage": virtual_stage}
-    gpt = GPTModel(
+    gpt = Decoder(
         config,
         block,
         vocab_size=padded_vocab_size(
@@ -214,7 +159,10 @@ def build_language_model(
         section=model.mrope_section,
         interleaved=model.mrope_interleaved,
     )
+    gpt.decoder.__class__ = DecoderBlock  # GPTModel builds Megatron's own
+    gpt.num_tokens_known = model.vocab_size
     _mark_split_weights(gpt)
+    _mark_experts(gpt)
     if gpt.post_process and gpt.vocab_size > model.vocab_size:
         gpt.output_layer.register_forward_hook(partial(_mask_padding, model.vocab_size))
     return gpt
@@ -231,6 +179,7 @@ def _layer_spec(model: LanguageModel) -> ModuleSpec:
         qk_layernorm=model.qk_layernorm,
         normalization="RMSNorm",
     )
+    layer.module = DecoderLayer
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
@@ -261,6 +210,18 @@ def _mark_split_weights(gpt: GPTModel) -> None:
             continue
         if module.weight is not None:  # a tied output layer borrows its weight
             set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
+
+
+def _mark_experts(gpt: GPTModel) -> None:
+    """Has gradients of experts reduced over the ranks that hold the same part of the same ones.
+
+    Megatron-Core 0.16 does so where experts are dealt out, but not where they are only cut, or
+    whole beside a tensor parallel rest.
+    """
+    for module in gpt.modules():
+        if getattr(module, "is_expert", False):
+            for parameter in module.parameters(recurse=False):
+                parameter.allreduce = False
 
 
 def _mask_padding(

@@ -3,22 +3,26 @@
 They run on CPU and GPU and follow Megatron's constructor signatures (megatron-core 0.16).
 
 Shape suffixes: S tokens of a row, B rows, N query heads, G kv heads, D head dim, P rows of a padded
-group, L its length, H hidden.
+group, L its length, H hidden, T tokens of the row on all context parallel ranks.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from vlmcore import megatron_cpu
+from vlmcore.models.context_parallel import chunks_of, context_parallel_size, whole_row
 
 
 class RMSNorm(nn.Module):
@@ -52,6 +56,8 @@ class PackedAttention(nn.Module):
     directly; `cu_seqlens_q` says where each sample begins. Samples of similar length are padded
     together and run as one batched causal call: padding sits on the right, where a causal mask
     never looks, so there is no T × T mask and at most twice the work.
+
+    Context parallel ranks hold the queries of their part of the row and share keys and values.
     """
 
     def __init__(
@@ -81,17 +87,42 @@ class PackedAttention(nn.Module):
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
             context = self._attend(query, key, value).permute(2, 0, 1, 3)
             return context.flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        out = torch.empty_like(query_SBND[:, 0])
-        for index_PL in _groups_of_similar_length(lengths, device=query_SBND.device):
-            query, key, value = (
-                x[:, 0][index_PL].transpose(1, 2) for x in (query_SBND, key_SBGD, value_SBGD)
-            )
+        query_SND = query_SBND[:, 0]
+        key_TGD, value_TGD = whole_row(key_SBGD)[:, 0], whole_row(value_SBGD)[:, 0]
+        pieces = _pieces(packed_seq_params.cu_seqlens_q.tolist(), _own_chunks(len(key_TGD)))
+        out = torch.empty_like(query_SND)
+        for group in _groups_of_similar_length([p for p in pieces if p.is_whole]):
+            index_PL = _padded_indices(group, "query").to(query_SND.device)
+            keys_PL = _padded_indices(group, "key").to(query_SND.device)
+            query = query_SND[index_PL].transpose(1, 2)
+            key, value = (x[keys_PL].transpose(1, 2) for x in (key_TGD, value_TGD))
             context = self._attend(query, key, value).transpose(1, 2)
             # padding points at the sample's last token; writing the real token last keeps it exact
             real = _real_positions(index_PL)
             out = out.index_put((index_PL[real],), context[real])
+        for piece in (p for p in pieces if not p.is_whole):
+            out = self._continue(piece, out, query_SND, key_TGD, value_TGD)
         return out.flatten(1).unsqueeze(1)
+
+    def _continue(
+        self, piece: _Piece, out: Tensor, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+    ) -> Tensor:
+        """`out` with the context of queries whose sample began earlier in the row."""
+        queries = slice(piece.query, piece.query + piece.num_queries)
+        keys = slice(piece.key, piece.key + piece.num_keys)
+        mask = torch.ones(
+            piece.num_queries, piece.num_keys, dtype=torch.bool, device=out.device
+        ).tril(piece.num_keys - piece.num_queries)
+        context = F.scaled_dot_product_attention(
+            query_SND[queries].transpose(0, 1)[None],
+            key_TGD[keys].transpose(0, 1)[None],
+            value_TGD[keys].transpose(0, 1)[None],
+            attn_mask=mask,
+            scale=self.scale,
+            enable_gqa=query_SND.shape[1] != key_TGD.shape[1],
+        )
+        index = torch.arange(queries.start, queries.stop, device=out.device)
+        return out.index_put((index,), context[0].transpose(0, 1))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -104,21 +135,61 @@ class PackedAttention(nn.Module):
         )
 
 
-def _groups_of_similar_length(lengths: Sequence[int], *, device: torch.device) -> list[Tensor]:
-    """Token indices [P, L] of samples whose lengths share a power of two, padded by repetition."""
-    groups: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    start = 0
-    for length in lengths:
-        if length:
-            groups[(length - 1).bit_length()].append((start, length))
-        start += length
-    indices = []
-    for members in groups.values():
-        longest = max(length for _, length in members)
-        starts = torch.tensor([s for s, _ in members])[:, None]
-        ends = torch.tensor([s + n - 1 for s, n in members])[:, None]
-        indices.append(torch.minimum(starts + torch.arange(longest), ends).to(device))
-    return indices
+@dataclass(frozen=True)
+class _Piece:
+    """Queries of one sample on this rank, and the keys up to the last of them.
+
+    Attributes:
+        query: Place of the first query among this rank's tokens.
+        key: Place of the sample's first token in the row.
+    """
+
+    query: int
+    key: int
+    num_queries: int
+    num_keys: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it begins where its sample begins."""
+        return self.num_queries == self.num_keys
+
+
+def _own_chunks(num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """What this rank's queries are of a row."""
+    size = context_parallel_size()
+    if size == 1:
+        return ((0, num_tokens),)
+    rank = parallel_state.get_context_parallel_rank()
+    return chunks_of(num_tokens, rank=rank, size=size)
+
+
+def _pieces(cu_seqlens: Sequence[int], chunks: Sequence[tuple[int, int]]) -> list[_Piece]:
+    """The samples of a row, as far as they lie in these chunks of it."""
+    pieces = []
+    held = 0
+    for begin, end in chunks:
+        for first, last in pairwise(cu_seqlens):
+            a, b = max(first, begin), min(last, end)
+            if a < b:
+                pieces.append(_Piece(held + a - begin, first, b - a, b - first))
+        held += end - begin
+    return pieces
+
+
+def _groups_of_similar_length(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Pieces whose lengths share a power of two."""
+    groups: dict[int, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        groups[(piece.num_queries - 1).bit_length()].append(piece)
+    return list(groups.values())
+
+
+def _padded_indices(group: Sequence[_Piece], side: Literal["query", "key"]) -> Tensor:
+    """Token indices [P, L] of whole pieces, padded by repeating the last one."""
+    starts = torch.tensor([getattr(piece, side) for piece in group])[:, None]
+    lengths = torch.tensor([piece.num_queries for piece in group])[:, None]
+    return torch.minimum(starts + torch.arange(int(lengths.max())), starts + lengths - 1)
 
 
 def _real_positions(index_PL: Tensor) -> Tensor:

@@ -98,6 +98,15 @@ class LoraColumn(ColumnParallelLinear):
             return low_rank.expand(parts["gate_up"], low_rank.lora_B)
         return self._fuse(parts)
 
+    def update(self) -> Tensor:
+        """What the adapters add to the weight on this rank, [O, H]."""
+        factors = zip(self.adapter, _low_ranks(self), strict=True)
+        parts = {name: low_rank.lora_A.T for name, low_rank in factors}
+        if "gate_up" in parts:
+            low_rank = cast(LowRank, self.adapter["gate_up"])
+            return low_rank.expand(parts["gate_up"], low_rank.lora_B).T
+        return self._fuse(parts).T
+
     def _fuse(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The pieces' outputs in the order of the fused rows; zero where one has no adapter."""
         some = next(iter(parts.values()))
@@ -140,6 +149,11 @@ class LoraRow(RowParallelLinear):
             z_SBZ = reduce_from_tensor_model_parallel_region(z_SBZ, group=self.tp_group)
         return output + low_rank.expand(z_SBZ, b), bias
 
+    def update(self) -> Tensor:
+        """What the adapter adds to the weight on this rank, [O, H]."""
+        (low_rank,) = _low_ranks(self)
+        return low_rank.expand(low_rank.lora_A.T, low_rank.lora_B).T
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> dict[str, Any]:
@@ -159,6 +173,11 @@ class LoraLinear(nn.Linear):
         return super().forward(input) + low_rank.expand(
             F.linear(input, low_rank.lora_A), low_rank.lora_B
         )
+
+    def update(self) -> Tensor:
+        """What the adapter adds to the weight, [O, H]."""
+        (low_rank,) = _low_ranks(self)
+        return low_rank.expand(low_rank.lora_A.T, low_rank.lora_B).T
 
 
 def apply_lora(chunks: Sequence[MegatronModule], plan: AdapterPlan) -> None:
@@ -201,6 +220,17 @@ def load_adapter(chunks: Sequence[MegatronModule], source: AdapterSource) -> Non
             shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
             box = source.read(part.key, tuple(part.global_offset), shape)
             part.data.copy_(box.view(part.data.shape))
+
+
+def merge_lora(chunks: Sequence[MegatronModule]) -> None:
+    """Adds the adapters to the weights, in fp32 and rounded once, and takes them off."""
+    with torch.no_grad():
+        for module in [module for chunk in chunks for module in chunk.modules()]:
+            if isinstance(module, LoraColumn | LoraRow | LoraLinear):
+                module.adapter.float()
+                module.weight.copy_(module.weight.float() + module.update())
+                del module.adapter
+                module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 
 def save_adapter(chunks: Sequence[MegatronModule], plan: AdapterPlan, folder: Path) -> None:

@@ -9,17 +9,17 @@ Shape suffixes: B rows, S tokens of a row, H hidden, F image features (merged pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from vlmcore.models.context_parallel import own_part
+from vlmcore.models.decoder import Decoder
 from vlmcore.models.vision import Features, Placeholders, see
 
 
@@ -28,7 +28,7 @@ class VisionLanguageModel(MegatronModule):
 
     Args:
         config: The decoder's config.
-        language_model: A GPTModel built with `scatter_embedding=False`.
+        language_model: A Decoder built with `scatter_embedding=False`.
         vision_model: From `build_vision_model`; None beyond the first pipeline stage.
         placeholders: Token ids that the features replace.
     """
@@ -37,7 +37,7 @@ class VisionLanguageModel(MegatronModule):
         self,
         config: TransformerConfig,
         *,
-        language_model: GPTModel,
+        language_model: Decoder,
         vision_model: nn.Module | None,
         placeholders: Placeholders,
     ) -> None:
@@ -46,10 +46,17 @@ class VisionLanguageModel(MegatronModule):
         self.language_model = language_model
         self.vision_model = vision_model
         self.placeholders = placeholders
-        self._deepstack_SBH: Sequence[Tensor] = ()
-        if vision_model is not None:
-            for depth, layer in enumerate(language_model.decoder.layers):
-                layer.register_forward_hook(self._deepstack_hook(depth))
+        # what Megatron's reduction of tied gradients over pipeline stages asks for
+        self.pre_process = language_model.pre_process
+        self.post_process = language_model.post_process
+        self.share_embeddings_and_output_weights = (
+            language_model.share_embeddings_and_output_weights
+        )
+
+    def shared_embedding_or_output_weight(self) -> Tensor:
+        """This stage's copy of the tied weight."""
+        weight: Tensor = self.language_model.shared_embedding_or_output_weight()
+        return weight
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Hands on what the pipeline schedule received."""
@@ -63,27 +70,31 @@ class VisionLanguageModel(MegatronModule):
         *,
         labels: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
+        is_padding_BS: Tensor | None = None,
         **vision_inputs: Any,
     ) -> Tensor:
         """Per-token losses [B, S] where labels are given, else logits [B, S, vocabulary].
 
-        Before the last pipeline stage: hidden states [S, B, H].
+        Before the last pipeline stage: hidden states [S, B, H]. Context parallel ranks are given
+        whole rows, and return what belongs to their part.
 
         Args:
             input_ids: [B, S].
             position_ids: [3, B, S].
             attention_mask: Unused; attention is causal.
-            labels: [B, S], already shifted.
+            labels: [B, S], already shifted; negative where nothing is trained.
             packed_seq_params: Where samples begin, with B = 1.
+            is_padding_BS: What routers of experts leave out of their losses.
             vision_inputs: What the processor returns for the images and videos of all rows, in
                 order: `pixel_values`, `image_grid_thw`, `pixel_values_videos` …
 
         Raises:
             ValueError: The placeholders do not match the features.
         """
-        embedded_SBH = None
+        embedded_SBH: Tensor | None = None
+        deepstack: list[Tensor] = []
         if self.vision_model is not None:
-            embedded_SBH = self._embed(input_ids, vision_inputs)
+            embedded_SBH, deepstack = self._embed(input_ids, vision_inputs)
         out: Tensor = self.language_model(
             input_ids,
             position_ids,
@@ -91,11 +102,15 @@ class VisionLanguageModel(MegatronModule):
             decoder_input=embedded_SBH,
             labels=labels,
             packed_seq_params=packed_seq_params,
+            deepstack=deepstack,
+            is_padding_BS=is_padding_BS,
         )
-        self._deepstack_SBH = ()
         return out
 
-    def _embed(self, input_ids: Tensor, vision_inputs: dict[str, Any]) -> Tensor:
+    def _embed(
+        self, input_ids: Tensor, vision_inputs: dict[str, Any]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embeddings with the features in place, and what each of the first layers gets on top."""
         embedded_SBH = self.language_model.embedding(input_ids, None)
         deepstack: dict[int, Tensor] = {}
         for seen in see(
@@ -106,21 +121,11 @@ class VisionLanguageModel(MegatronModule):
             for depth, features_FH in enumerate(seen.deepstack):
                 level_SBH = deepstack.get(depth, torch.zeros_like(embedded_SBH))
                 deepstack[depth] = _place(level_SBH, is_seen_BS, features_FH)
-        levels = [deepstack[depth] for depth in range(len(deepstack))]
+        levels = [embedded_SBH, *(deepstack[depth] for depth in range(len(deepstack)))]
+        levels = [own_part(level, dim=0) for level in levels]
         if self.config.sequence_parallel:
-            embedded_SBH = scatter_to_sequence_parallel_region(embedded_SBH)
             levels = [scatter_to_sequence_parallel_region(level) for level in levels]
-        self._deepstack_SBH = levels
-        return embedded_SBH
-
-    def _deepstack_hook(self, depth: int) -> Any:
-        def add(_: nn.Module, __: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any] | None:
-            if depth >= len(self._deepstack_SBH):
-                return None
-            hidden_SBH, context = output
-            return hidden_SBH + self._deepstack_SBH[depth], context
-
-        return add
+        return levels[0], levels[1:]
 
 
 def _marked(input_ids: Tensor, seen: Features) -> Tensor:

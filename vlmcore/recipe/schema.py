@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from pydantic import (
 
 from vlmcore.layout import Layout
 from vlmcore.recipe.gates import parse_gate
+from vlmcore.recipe.stage_faults import Fault, stage_faults
 
 StageName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 BenchmarkName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -33,14 +35,11 @@ Operational = partial(Field, json_schema_extra={"operational": True})
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
-# The path of the field to mend, seen from the section that checks, and a sentence.
-CrossFieldFault = tuple[tuple[str | int, ...], str]
-
 
 class CrossFieldError(ValueError):
     """Fields that are right each by itself but not together; holds every such fault."""
 
-    def __init__(self, faults: Sequence[CrossFieldFault]) -> None:
+    def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__(
             "; ".join(f"{'.'.join(map(str, path))}: {text}" for path, text in self.faults)
@@ -203,7 +202,7 @@ class Dataset(Section):
 
     @model_validator(mode="after")
     def _dealt_as_asked(self) -> Dataset:
-        faults: list[CrossFieldFault] = []
+        faults: list[Fault] = []
         if self.split_ratios is not None and not any(self.split_ratios):
             faults.append((("split_ratios",), "all are 0; give one split a part"))
         if self.split_by == "group" and self.group_column is None:
@@ -281,10 +280,30 @@ class TrainStage(Section):
         "swap.",
     )
     data: tuple[str, ...] = Field(min_length=1, description="Names of datasets under `data:`.")
-    tuner_type: Literal["full"] = Field(default="full", description="`full`: all unfrozen weights.")
+    tuner_type: Literal["full", "lora", "lora_llm"] = Field(
+        default="full",
+        description="`full`: all unfrozen weights; `lora`: adapters alone; `lora_llm`: adapters in "
+        "the language model, the unfrozen weights of the vision side.",
+    )
+    target_modules: tuple[str, ...] = Field(
+        default=(),
+        description="Where adapters go: names or ends of names of linear layers, or `all-linear` "
+        "for those of every unfrozen group; empty: every linear layer of the language model.",
+    )
+    lora_rank: int = Field(default=8, gt=0, description="Rank of an adapter.")
+    lora_alpha: int = Field(
+        default=32, gt=0, description="An adapter is scaled by lora_alpha / lora_rank."
+    )
+    use_rslora: bool = Field(
+        default=False, description="Scale by lora_alpha / √lora_rank instead (rank-stabilised)."
+    )
     freeze_vit: bool = Field(default=False, description="Keep the vision tower as it is.")
     freeze_aligner: bool = Field(default=False, description="Keep the merger(s) as they are.")
     freeze_llm: bool = Field(default=False, description="Keep the language model as it is.")
+    trainable_parameters_regex: str = Field(
+        default="",
+        description="Parameters whose names match train too, although their group is frozen.",
+    )
     seed: int = Field(default=1234, ge=0, description="Seed of data order and initialisation.")
 
     # how long
@@ -296,7 +315,7 @@ class TrainStage(Section):
         default=1, gt=0, description="Rows of one optimizer step over all ranks; packed rows count."
     )
     max_length: int = Field(
-        default=2048, gt=0, description="Tokens in a row; longer samples are dropped and counted."
+        default=2048, gt=0, description="Tokens in a row at most; see truncation_strategy."
     )
     packing: bool = Field(
         default=True, description="Fill each row with several samples that do not see each other."
@@ -304,15 +323,64 @@ class TrainStage(Section):
     packing_buffer_size: int = Field(
         default=256, gt=0, description="Samples the packer looks at together."
     )
+    dataloader_num_workers: int = Field(
+        default=1,
+        ge=0,
+        description="Processes of a rank that read and decode while it trains; each packs samples "
+        "of its own, so it decides the order of the data. 0: the rank does it between steps.",
+    )
+
+    # samples
+    loss_scale: Literal["default", "last_round", "all"] = Field(
+        default="default",
+        description="What of a chat is trained: `default`: every assistant turn; `last_round`: the "
+        "last one; `all`: all text. A message's own `loss_scale` weighs its turn.",
+    )
+    truncation_strategy: Literal["delete", "right"] = Field(
+        default="delete",
+        description="What becomes of a sample longer than max_length: `delete`: it is dropped and "
+        "counted; `right`: its end is cut, never inside an image or video.",
+    )
     max_pixels: int | None = Field(
         default=None, gt=0, description="Pixels of an image at most; empty: the processor's own."
+    )
+    min_pixels: int | None = Field(
+        default=None, gt=0, description="Pixels of an image at least; empty: the processor's own."
+    )
+    video_max_pixels: int | None = Field(
+        default=None,
+        gt=0,
+        description="Pixels of a video frame at most; empty: the processor's own.",
+    )
+    fps: float = Field(default=2.0, gt=0, description="Frames taken a second of video.")
+    fps_max_frames: int | None = Field(
+        default=None,
+        gt=1,
+        description="Frames of a video at most, or of each video where the family takes so many of "
+        "every one (InternVL, LLaVA-OneVision); empty: the processor's own.",
     )
 
     # optimizer and schedule
     learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end.")
-    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="Shape of the schedule after warm-up."
+    vit_lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of the vision tower; empty: the same."
+    )
+    aligner_lr: float | None = Field(
+        default=None, gt=0, description="Peak learning rate of the merger(s); empty: the same."
+    )
+    lr_decay_style: Literal["cosine", "linear", "WSD", "constant"] = Field(
+        default="cosine",
+        description="Shape of the schedule after warm-up; WSD: constant, then a fall at the end.",
+    )
+    lr_wsd_decay_iters: int | None = Field(
+        default=None, gt=0, description="Steps of the fall at the end of WSD."
+    )
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
+        default="exponential", description="Shape of the fall at the end of WSD."
+    )
+    lr_warmup_iters: int | None = Field(
+        default=None, ge=0, description="Steps spent warming up, in place of lr_warmup_fraction."
     )
     lr_warmup_fraction: Fraction = Field(
         default=0.05, description="Share of train_iters spent warming up (0 to 1)."
@@ -326,69 +394,99 @@ class TrainStage(Section):
         default="bfloat16", description="Dtype of weights and activations."
     )
 
+    # experts
+    moe_aux_loss_coeff: float = Field(
+        default=0.0, ge=0, description="Weight of the loss that balances experts; 0: off."
+    )
+    moe_z_loss_coeff: float = Field(
+        default=0.0, ge=0, description="Weight of the loss on large router logits; 0: off."
+    )
+
+    # memory
+    recompute_granularity: Literal["none", "selective", "full"] = Field(
+        default="none", description="What backward computes again rather than keeps."
+    )
+    recompute_method: Literal["uniform", "block"] = Field(
+        default="uniform",
+        description="Of `full`: keep what enters each group of recompute_num_layers layers, or "
+        "compute the first recompute_num_layers layers of a stage again and keep the rest.",
+    )
+    recompute_num_layers: int = Field(default=1, gt=0, description="See recompute_method.")
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = Field(
+        default=("core_attn",), min_length=1, description="What `selective` computes again."
+    )
+    vit_gradient_checkpointing: bool = Field(
+        default=False, description="Compute the vision tower's layers again in backward."
+    )
+
     # layout
     nproc_per_node: int = Field(default=1, gt=0, description="Ranks that torchrun starts.")
     tensor_model_parallel_size: int = Field(default=1, gt=0, description="Tensor parallel size.")
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout over the tensor parallel ranks too."
     )
+    pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, description="Stages that the layers are dealt into."
+    )
+    virtual_pipeline_model_parallel_size: int = Field(
+        default=1, gt=0, description="Chunks of layers that each pipeline stage holds."
+    )
+    context_parallel_size: int = Field(
+        default=1, gt=0, description="Ranks that share the tokens of a row."
+    )
+    expert_model_parallel_size: int = Field(
+        default=1, gt=0, description="Parts that the experts of a layer are dealt into."
+    )
+    expert_tensor_parallel_size: int = Field(
+        default=1, gt=0, description="Parts that each expert is cut into."
+    )
 
     # running it
     save_interval: int = Operational(
         default=100, gt=0, description="Steps between checkpoints a killed run goes on from."
+    )
+    save_total_limit: int = Operational(
+        default=1, gt=0, description="Such checkpoints that are kept at a time, the newest ones."
     )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainStage:
-        faults = [*self._freeze_faults(), *self._layout_faults()]
-        if self.min_lr > self.learning_rate:
-            text = f"{self.min_lr} is above learning_rate {self.learning_rate}; lower it"
-            faults.append((("min_lr",), text))
-        if faults:
+        if faults := stage_faults(self):
             raise CrossFieldError(faults)
         return self
 
-    def _freeze_faults(self) -> list[CrossFieldFault]:
-        groups = {"freeze_llm": self.freeze_llm}
-        if self.model == "vlm":
-            groups |= {"freeze_vit": self.freeze_vit, "freeze_aligner": self.freeze_aligner}
-        if not all(groups.values()):
-            return []
-        names = " and ".join(sorted(groups))
-        verb = "is" if len(groups) == 1 else "are all"
-        text = f"nothing is trainable: {names} {verb} true; set one to false"
-        return [(("freeze_llm",), text)]
+    @property
+    def layout(self) -> Layout:
+        """How the model lies over ranks."""
+        return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
 
-    def _layout_faults(self) -> list[CrossFieldFault]:
-        faults: list[CrossFieldFault] = []
-        tensor = self.tensor_model_parallel_size
-        if self.nproc_per_node % tensor:
-            text = f"{tensor} does not divide nproc_per_node {self.nproc_per_node}; use a divisor"
-            faults.append((("tensor_model_parallel_size",), text))
-        elif self.global_batch_size % (self.micro_batch_size * self.data_parallel_size):
-            rows = f"{self.micro_batch_size} × {self.data_parallel_size}"
-            text = (
-                f"{self.global_batch_size} is no multiple of micro_batch_size × data parallel size "
-                f"= {rows}; use a multiple"
-            )
-            faults.append((("global_batch_size",), text))
-        if self.packing and self.micro_batch_size != 1:
-            text = (
-                "packing makes one row of max_length tokens a micro batch: must be 1, found "
-                f"{self.micro_batch_size}; raise max_length instead, or set packing to false"
-            )
-            faults.append((("micro_batch_size",), text))
-        if self.sequence_parallel and tensor == 1:
-            text = "needs tensor_model_parallel_size > 1; set it to false"
-            faults.append((("sequence_parallel",), text))
-        return faults
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of so many tokens, so that ranks hold equal parts."""
+        tensor = self.tensor_model_parallel_size if self.sequence_parallel else 1
+        context = self.context_parallel_size
+        return tensor * (2 * context if context > 1 else 1)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica of all but the experts."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+        )
 
     @property
     def data_parallel_size(self) -> int:
         """Ranks that read different data."""
-        return self.nproc_per_node // self.tensor_model_parallel_size
+        return self.nproc_per_node // self.model_parallel_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro batches of one optimizer step on a rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
 
 class Export(Section):
@@ -475,8 +573,8 @@ class Recipe(Section):
             raise CrossFieldError(faults)
         return self
 
-    def _train_faults(self) -> list[CrossFieldFault]:
-        faults: list[CrossFieldFault] = []
+    def _train_faults(self) -> list[Fault]:
+        faults: list[Fault] = []
         names = [stage.name for stage in self.train]
         models = [stage.model for stage in self.train]
         for index, stage in enumerate(self.train):
@@ -498,8 +596,8 @@ class Recipe(Section):
                 faults.append((("train", index, "model"), text))
         return faults
 
-    def _evaluate_faults(self) -> list[CrossFieldFault]:
-        faults: list[CrossFieldFault] = []
+    def _evaluate_faults(self) -> list[Fault]:
+        faults: list[Fault] = []
         names = [entry.benchmark for entry in self.evaluate]
         for index, entry in enumerate(self.evaluate):
             if entry.benchmark in names[:index]:
@@ -520,8 +618,8 @@ class Recipe(Section):
             ]
         return faults
 
-    def _gate_faults(self) -> list[CrossFieldFault]:
-        faults: list[CrossFieldFault] = []
+    def _gate_faults(self) -> list[Fault]:
+        faults: list[Fault] = []
         entries = {entry.benchmark: entry for entry in self.evaluate}
         for index, text in enumerate(self.gates):
             gate = parse_gate(text)

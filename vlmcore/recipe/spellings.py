@@ -19,6 +19,8 @@ SAME: dict[str, tuple[str, ...]] = {
     "lr_scheduler": ("lr_decay_style",),
     "warmup_ratio": ("lr_warmup_fraction",),
     "lr_warmup_ratio": ("lr_warmup_fraction",),
+    "warmup_steps": ("lr_warmup_iters",),
+    "lr_warmup_steps": ("lr_warmup_iters",),
     "max_grad_norm": ("clip_grad",),
     "gradient_clipping": ("clip_grad",),
     "adam_epsilon": ("adam_eps",),
@@ -48,6 +50,19 @@ SAME: dict[str, tuple[str, ...]] = {
     "tp_size": ("tensor_model_parallel_size",),
     "tensor_parallel_size": ("tensor_model_parallel_size",),
     "sp": ("sequence_parallel",),
+    "pp": ("pipeline_model_parallel_size",),
+    "pp_size": ("pipeline_model_parallel_size",),
+    "pipeline_parallel_size": ("pipeline_model_parallel_size",),
+    "vpp": ("virtual_pipeline_model_parallel_size",),
+    "cp": ("context_parallel_size",),
+    "ep": ("expert_model_parallel_size",),
+    "expert_parallel_size": ("expert_model_parallel_size",),
+    "etp": ("expert_tensor_parallel_size",),
+    "lora_r": ("lora_rank",),
+    "lora_target": ("target_modules",),
+    "lora_target_modules": ("target_modules",),
+    "router_aux_loss_coef": ("moe_aux_loss_coeff",),
+    "gradient_checkpointing": ("recompute_granularity",),
     "nproc": ("nproc_per_node",),
     "num_gpus": ("nproc_per_node",),
     "gpus_per_node": ("nproc_per_node",),
@@ -70,7 +85,6 @@ SAME: dict[str, tuple[str, ...]] = {
 }
 
 _EPOCHS = "optimizer steps, that is epochs × rows / global_batch_size"
-_WARMUP = "a share of train_iters, that is warm-up steps / train_iters"
 
 # A name for something that the recipe counts otherwise: the field, and what to write into it.
 OTHERWISE: dict[str, tuple[str, str]] = {
@@ -83,8 +97,6 @@ OTHERWISE: dict[str, tuple[str, str]] = {
         "global_batch_size",
         "micro_batch_size × data parallel size × gradient_accumulation_steps",
     ),
-    "warmup_steps": ("lr_warmup_fraction", _WARMUP),
-    "lr_warmup_iters": ("lr_warmup_fraction", _WARMUP),
     "bf16": ("torch_dtype", "bfloat16"),
     "fp16": ("torch_dtype", "bfloat16 or float32"),
 }

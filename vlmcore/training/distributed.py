@@ -16,15 +16,6 @@ from megatron.core import parallel_state, tensor_parallel
 from vlmcore import megatron_cpu
 from vlmcore.errors import TrainError
 from vlmcore.layout import Layout
-from vlmcore.recipe.schema import TrainStage
-
-
-def layout_of(stage: TrainStage) -> Layout:
-    """The layout that a stage trains at."""
-    return Layout(
-        tensor_model_parallel_size=stage.tensor_model_parallel_size,
-        sequence_parallel=stage.sequence_parallel,
-    )
 
 
 @contextmanager
@@ -61,6 +52,7 @@ def model_parallel(layout: Layout, *, seed: int) -> Iterator[None]:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         create_gloo_process_groups=True,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
+from vlmcore import megatron_cpu
 from vlmcore.errors import TrainError
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.families.shell import VISION_PREFIX
+from vlmcore.models.build import sharded_state_dict
 from vlmcore.recipe.schema import TrainStage
+
+GROUPS: tuple[FreezeGroup, ...] = ("aligner", "llm", "vit")
 
 
 def freeze_group(parameter: str, family: Family) -> FreezeGroup:
@@ -20,27 +35,71 @@ def freeze_group(parameter: str, family: Family) -> FreezeGroup:
     return "llm"
 
 
-def apply_freezes(model: nn.Module, family: Family, stage: TrainStage) -> dict[str, Any]:
-    """Sets `requires_grad` by group; gives {group: {parameters, trainable}} of this rank.
+def frozen_groups(stage: TrainStage) -> Mapping[FreezeGroup, bool]:
+    """Which groups a stage keeps as they are."""
+    return {"vit": stage.freeze_vit, "aligner": stage.freeze_aligner, "llm": stage.freeze_llm}
+
+
+def apply_freezes(model: nn.Module, family: Family, stage: TrainStage) -> None:
+    """Sets `requires_grad` of a chunk's parameters by group and `trainable_parameters_regex`."""
+    frozen = frozen_groups(stage)
+    pattern = stage.trainable_parameters_regex
+    for name, local_name, parameter in named_globally(model):
+        picked = bool(pattern) and re.search(pattern, name) is not None
+        parameter.requires_grad_(picked or not frozen[freeze_group(local_name, family)])
+
+
+def named_globally(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Parameters with their names in the whole model, and on this pipeline stage."""
+    numbers = {
+        f"{name}.": f"{name.rpartition('.')[0]}.{module.layer_number - 1}."
+        for name, module in model.named_modules()
+        if isinstance(module, TransformerLayer)
+    }
+    for name, parameter in model.named_parameters():
+        here = next((prefix for prefix in numbers if name.startswith(prefix)), None)
+        yield (name if here is None else numbers[here] + name.removeprefix(here)), name, parameter
+
+
+def trainable_table(chunks: Sequence[MegatronModule], family: Family) -> dict[str, dict[str, int]]:
+    """{group: {parameters, trainable}} of the whole model, without copies; call on every rank."""
+    counts = torch.zeros(len(GROUPS), 2, dtype=torch.int64)
+    for chunk in chunks:
+        parameters = dict(chunk.named_parameters())
+        for name, entry in sharded_state_dict(chunk).items():
+            if name not in parameters:
+                continue
+            number = _elements_held_first(entry)
+            row = counts[GROUPS.index(freeze_group(name, family))]
+            row += torch.tensor([number, number * parameters[name].requires_grad])
+    everyone = counts.to(megatron_cpu.device())
+    dist.all_reduce(everyone)
+    return {
+        group: {"parameters": all_of, "trainable": trained}
+        for group, (all_of, trained) in zip(GROUPS, everyone.tolist(), strict=True)
+        if all_of
+    }
+
+
+def require_trainable(table: Mapping[str, Mapping[str, int]], stage: TrainStage) -> None:
+    """Refuses a stage that would change nothing.
 
     Raises:
         TrainError: Nothing is left to train.
     """
-    frozen: Mapping[FreezeGroup, bool] = {
-        "vit": stage.freeze_vit,
-        "aligner": stage.freeze_aligner,
-        "llm": stage.freeze_llm,
-    }
-    table: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
-        group = freeze_group(name, family)
-        parameter.requires_grad_(not frozen[group])
-        row = table.setdefault(group, {"parameters": 0, "trainable": 0})
-        row["parameters"] += parameter.numel()
-        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
     if not any(row["trainable"] for row in table.values()):
         raise TrainError(
             f"train.{stage.name}: nothing is trainable: the model has {', '.join(sorted(table))}, "
             f"all frozen; set one of freeze_vit, freeze_aligner, freeze_llm to false"
         )
-    return dict(sorted(table.items()))
+
+
+def _elements_held_first(entry: Any) -> int:
+    """Elements of a parameter that this rank holds and no rank before it."""
+    state = {"entry": entry}
+    apply_factories(state)
+    return sum(
+        torch.Size(part.local_shape).numel()
+        for part in nested_values(state)
+        if isinstance(part, ShardedTensor) and is_main_replica(part.replica_id)
+    )

@@ -10,6 +10,7 @@ from vlmcore.recipe.schema import TrainStage
 
 METRICS = "metrics.jsonl"
 TRAINABLE = "trainable.json"
+ADAPTER = "adapter"
 
 
 class TrainJob(BaseModel):
@@ -20,7 +21,7 @@ class TrainJob(BaseModel):
         model_dir: Model folder to start from, Megatron (`checkpoint/` and `hf/`) or HF.
         datasets: Energon datasets.
         output_dir: Gets the trained model folder in the same form, the metrics and the trainable
-            table.
+            table; of a LoRA stage also the adapter as peft's folder, which the model has merged.
         scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
             on from them.
     """

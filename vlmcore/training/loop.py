@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import shutil
 import time
 from dataclasses import fields
@@ -13,30 +12,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.transformer.module import MegatronModule
 from megatron.energon.savable_loader import SavableDataLoader
 
 from vlmcore import megatron_cpu
-from vlmcore.dataloading.encode import ConversationEncoder
-from vlmcore.dataloading.loader import train_loader
+from vlmcore.dataloading.loader import stage_loader
 from vlmcore.dataloading.samples import PackedRow
-from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
-from vlmcore.models.build import build_model
-from vlmcore.models.folder import config_dir, load_folder, save_folder
+from vlmcore.models.folder import config_dir, save_folder
 from vlmcore.training.checkpoint import Checkpointer
-from vlmcore.training.distributed import layout_of
-from vlmcore.training.freezing import apply_freezes
-from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
-from vlmcore.training.optimizer import build_optimizer, build_schedule
+from vlmcore.training.job import ADAPTER, METRICS, TRAINABLE, TrainJob
+from vlmcore.training.model import prepare
 from vlmcore.training.progress import MetricsFile, report_progress
-from vlmcore.training.step import train_step
+from vlmcore.training.throughput import Throughput
+from vlmcore.training.tuning import save_and_merge
 
 
 def train(job: TrainJob) -> None:
@@ -46,48 +35,28 @@ def train(job: TrainJob) -> None:
         TrainError: Nothing trainable, an impossible layout, or a loss that is not finite.
     """
     stage = job.stage
-    module = _load_model(job)
-    trainable = apply_freezes(module, family_of(read_config(config_dir(job.model_dir))), stage)
-    model = DistributedDataParallel(
-        module.config,
-        DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        module,
-    )
-    optimizer = build_optimizer(model, stage)
-    schedule = build_schedule(optimizer, stage)
-    module.config.grad_scale_func = optimizer.scale_loss
-    module.config.finalize_model_grads_func = finalize_model_grads
+    training = prepare(stage, job.model_dir)
     loader = _build_loader(job)
-    checkpoints = Checkpointer(
-        job.scratch_dir, model=model, optimizer=optimizer, schedule=schedule, loader=loader
-    )
+    checkpoints = Checkpointer(job.scratch_dir, training=training, stage=stage, loader=loader)
     start = checkpoints.restore()
     leads = dist.get_rank() == 0
     metrics = MetricsFile(job.scratch_dir / METRICS, after_step=start) if leads else None
     if leads:
-        report_progress(step=start, total=stage.train_iters, trainable=trainable)
+        report_progress(step=start, total=stage.train_iters, trainable=training.trainable)
 
+    config = read_config(config_dir(job.model_dir))
+    throughput = Throughput(family_of(config).language_model(config), stage)
     rows = iter(loader)
-    num_micro_batches = stage.global_batch_size // (
-        stage.micro_batch_size * stage.data_parallel_size
-    )
     for step in range(start + 1, stage.train_iters + 1):
         began = time.perf_counter()
         with megatron_cpu.suspended():
-            batch = [next(rows) for _ in range(num_micro_batches)]
+            batch = [next(rows) for _ in range(stage.num_micro_batches)]
         loaded = time.perf_counter()
-        learning_rate = optimizer.param_groups[0]["lr"]
-        outcome = train_step(model, optimizer, batch)
-        schedule.step(increment=1)
-        seconds = time.perf_counter() - began
-        outcome |= {
-            "step": step,
-            "learning_rate": learning_rate,
-            "data_s": loaded - began,
-            "step_s": seconds,
-            "tokens_per_s": outcome["tokens"] / seconds,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
+        learning_rate = training.learning_rate
+        outcome = training.step(batch)
+        training.schedule.step(increment=1)
+        outcome |= {"step": step, "learning_rate": learning_rate, "data_s": loaded - began}
+        outcome |= throughput(outcome, step_s=time.perf_counter() - began)
         if metrics is not None:
             metrics.write(outcome)
         if not math.isfinite(outcome["loss"]) or not math.isfinite(outcome["grad_norm"]):
@@ -98,41 +67,27 @@ def train(job: TrainJob) -> None:
         if not last and step % stage.save_interval == 0:
             checkpoints.save(step)
 
-    save_folder([module], job.output_dir, like=job.model_dir)
+    if training.plan is not None:
+        save_and_merge(
+            training.modules,
+            training.plan,
+            job.output_dir / ADAPTER,
+            hf_dir=config_dir(job.model_dir),
+            work=job.scratch_dir / ADAPTER,
+        )
+    save_folder(training.modules, job.output_dir, like=job.model_dir)
     if metrics is not None:
         metrics.close()
         shutil.copyfile(job.scratch_dir / METRICS, job.output_dir / METRICS)
-        (job.output_dir / TRAINABLE).write_text(json.dumps(trainable, indent=1) + "\n")
-
-
-def _load_model(job: TrainJob) -> MegatronModule:
-    stage = job.stage
-    (module,) = build_model(
-        config_dir(job.model_dir),
-        layout=layout_of(stage),
-        params_dtype=getattr(torch, stage.torch_dtype),
-    )
-    module.to(megatron_cpu.device())
-    load_folder([module], job.model_dir)
-    return module
+        table = json.dumps(training.trainable, indent=1)
+        (job.output_dir / TRAINABLE).write_text(table + "\n")
 
 
 def _build_loader(job: TrainJob) -> SavableDataLoader[PackedRow]:
-    stage = job.stage
-    encoder = ConversationEncoder(
-        config_dir(job.model_dir), task=stage.task, max_pixels=stage.max_pixels
-    )
-    task_encoder = ConversationTaskEncoder(
-        encoder,
-        max_length=stage.max_length,
-        multiple=stage.tensor_model_parallel_size if stage.sequence_parallel else 1,
-    )
-    return train_loader(
+    return stage_loader(
+        job.stage,
         job.datasets,
-        task_encoder,
-        micro_batch_size=stage.micro_batch_size,
-        packing_buffer_size=stage.packing_buffer_size if stage.packing else None,
-        seed=stage.seed,
+        hf_dir=config_dir(job.model_dir),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         blend_file=job.scratch_dir / f"blend_{dist.get_rank()}.yaml",

@@ -33,12 +33,12 @@ def main() -> None:
 
 
 def _run(job: TrainJob) -> None:
-    from vlmcore.training.distributed import layout_of, model_parallel, process_group
+    from vlmcore.training.distributed import model_parallel, process_group
 
     stage = job.stage
     with (
         process_group(num_threads=stage.num_threads),
-        model_parallel(layout_of(stage), seed=stage.seed),
+        model_parallel(stage.layout, seed=stage.seed),
     ):
         from vlmcore.training.loop import train
 

@@ -7,15 +7,24 @@ as the fused optimizers do. It ends when Megatron saves torch's AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from vlmcore.families import Family, FreezeGroup
 from vlmcore.recipe.schema import TrainStage
+from vlmcore.training import bucket_padding
+from vlmcore.training.freezing import freeze_group
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -68,9 +77,30 @@ class GroupStepAdam(torch.optim.Optimizer):
         torch._foreach_addcdiv_(weights, first, scale, -group["lr"] / (1 - beta1**step))
 
 
-def build_optimizer(model: DistributedDataParallel, stage: TrainStage) -> MegatronOptimizer:
-    """The distributed optimizer of a stage over the unfrozen parameters."""
+class Schedule(OptimizerParamScheduler):
+    """Megatron's schedule, but no step of the warm-up is wasted on a rate of 0.
+
+    Megatron-Core 0.16 gives step k of w the rate (k − 1) / w of the peak; here it is k / (w + 1).
+    """
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        """Rate of a parameter group at the step that comes next."""
+        if self.num_steps < self.lr_warmup_steps:
+            peak: Any = param_group.get("max_lr", self.max_lr)
+            return float(peak) * (self.num_steps + 1) / (self.lr_warmup_steps + 1)
+        rate: float = super().get_lr(param_group)
+        return rate
+
+
+def build_optimizer(
+    chunks: Sequence[DistributedDataParallel], stage: TrainStage, family: Family
+) -> MegatronOptimizer:
+    """The distributed optimizer of a stage over the trainable parameters.
+
+    Biases and norms do not decay; groups with a rate of their own reach `min_lr` in proportion.
+    """
     _teach_megatron()
+    bucket_padding.install()
     bf16 = stage.torch_dtype == "bfloat16"
     config = OptimizerConfig(
         optimizer="adam",
@@ -85,24 +115,45 @@ def build_optimizer(model: DistributedDataParallel, stage: TrainStage) -> Megatr
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, [model])
+    overrides: Any = get_standard_config_overrides(config)
+    rates: dict[FreezeGroup, float | None] = {"vit": stage.vit_lr, "aligner": stage.aligner_lr}
+    for group, rate in rates.items():
+        if rate is not None:
+            ratio = rate / stage.learning_rate
+            # a checkpoint tells groups of parameters apart by lr_mult
+            override = {"max_lr": rate, "min_lr": stage.min_lr * ratio, "lr_mult": ratio}
+            overrides[_key_of(group, family)] = override
+    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
 
 
-def build_schedule(optimizer: MegatronOptimizer, stage: TrainStage) -> OptimizerParamScheduler:
+def _key_of(group: FreezeGroup, family: Family) -> ParamKey:
+    """What Megatron asks about each parameter."""
+
+    def belongs(_: torch.nn.Parameter, name: str) -> bool:
+        return freeze_group(name.removeprefix("module."), family) == group
+
+    return ParamKey(with_name_predicate=ParamWithNamePredicate(name=group, fn=belongs))
+
+
+def build_schedule(optimizer: MegatronOptimizer, stage: TrainStage) -> Schedule:
     """Warm-up, then the stage's decay down to `min_lr` at the last step."""
-    warmup = min(round(stage.lr_warmup_fraction * stage.train_iters), stage.train_iters - 1)
-    return OptimizerParamScheduler(
+    warmup = stage.lr_warmup_iters
+    if warmup is None:
+        warmup = round(stage.lr_warmup_fraction * stage.train_iters)
+    return Schedule(
         optimizer,
         init_lr=0.0,
         max_lr=stage.learning_rate,
         min_lr=stage.min_lr,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=min(warmup, stage.train_iters - 1),
         lr_decay_steps=stage.train_iters,
         lr_decay_style=stage.lr_decay_style,
         start_wd=stage.weight_decay,
         end_wd=stage.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        wsd_decay_steps=stage.lr_wsd_decay_iters,
+        lr_wsd_decay_style=stage.lr_wsd_decay_style,
     )
 
 

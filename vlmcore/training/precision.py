@@ -32,7 +32,8 @@ from vlmcore import megatron_cpu  # noqa: E402
 from vlmcore.errors import VlmflowError  # noqa: E402
 from vlmcore.families import Family, family_of, read_config  # noqa: E402
 from vlmcore.layout import Layout  # noqa: E402
-from vlmcore.models.build import build_model, require_layout  # noqa: E402
+from vlmcore.models.build import build_model  # noqa: E402
+from vlmcore.models.fit import require_layout  # noqa: E402
 from vlmcore.models.folder import config_dir, load_folder  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.precision_samples import Sample, precision_samples  # noqa: E402

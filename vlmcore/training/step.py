@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,71 +16,87 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vlmcore import megatron_cpu
-from vlmcore.dataloading.encode import IGNORED
 from vlmcore.dataloading.samples import PackedRow
+from vlmcore.models.context_parallel import own_part
+from vlmcore.training.router_losses import RouterLosses
 
 
-def train_step(
-    model: DistributedDataParallel, optimizer: MegatronOptimizer, batch: list[PackedRow]
-) -> dict[str, Any]:
-    """One optimizer step over a batch of micro batches.
+class TrainStep:
+    """Optimizer steps of one model.
 
-    Returns:
-        Loss (a mean over trained tokens of all data parallel ranks), gradient norm, and counts of
-        tokens, trained tokens, samples and dropped samples over all data parallel ranks.
+    Args:
+        chunks: This rank's chunks; several where pipeline stages are interleaved.
+        optimizer: Over their parameters.
+        router_losses: What routers of experts add to the loss; None for a dense model.
     """
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
-    losses = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(batch),
-        model=[model],
-        num_microbatches=len(batch),
-        seq_length=max(len(row.input_ids) for row in batch),
-        micro_batch_size=1,
-        forward_only=False,
-    )
-    updated, grad_norm, _ = optimizer.step()
-    counts = torch.tensor(
-        [
-            sum(float(part["loss_sum"]) for part in losses),
-            sum(float(part["loss_tokens"]) for part in losses),
-            sum(len(row.input_ids) for row in batch),
-            sum(row.num_samples for row in batch),
-            sum(row.num_dropped for row in batch),
-        ],
-        dtype=torch.float64,
-        device=megatron_cpu.device(),
-    )
-    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    loss_sum, loss_tokens, tokens, samples, dropped = counts.tolist()
-    return {
-        "loss": loss_sum / max(loss_tokens, 1),
-        "grad_norm": float(grad_norm),
-        "updated": bool(updated),
-        "loss_tokens": int(loss_tokens),
-        "tokens": int(tokens),
-        "samples": int(samples),
-        "dropped": int(dropped),
-    }
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        router_losses: RouterLosses | None = None,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.optimizer = optimizer
+        self.router_losses = router_losses
+
+    def __call__(self, batch: Sequence[PackedRow]) -> dict[str, Any]:
+        """One step over the rows of this data parallel rank; each is a micro batch.
+
+        Returns:
+            On every rank the same: loss (a mean over trained tokens of all data parallel ranks),
+            gradient norm, the routers' losses, and counts of tokens, trained tokens, samples and
+            dropped samples over all data parallel ranks.
+        """
+        counts = _counts(batch)
+        if self.router_losses is not None:
+            self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        parts = self._forward_backward(batch, forward_only=False)
+        updated, grad_norm, _ = self.optimizer.step()
+        outcome = {
+            "loss": _over_all_ranks(parts) / max(counts["loss_tokens"], 1),
+            "grad_norm": float(grad_norm),
+            "updated": bool(updated),
+            **counts,
+        }
+        if self.router_losses is not None:
+            outcome |= self.router_losses.collect(num_micro_batches=len(batch))
+        return outcome
+
+    def _forward_backward(self, batch: Sequence[PackedRow], *, forward_only: bool) -> list[Tensor]:
+        """Sums of losses by micro batch, on the last pipeline stage."""
+        rows = [iter(batch) for _ in self.chunks]
+        parts: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=rows if len(rows) > 1 else rows[0],
+            model=self.chunks,
+            num_microbatches=len(batch),
+            seq_length=max(len(row.input_ids) for row in batch),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return parts
 
 
 def forward_step(
     rows: Iterator[PackedRow], model: torch.nn.Module
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
     """Megatron's forward step: per-token losses of a row, and how to sum them."""
     row = next(rows)
     place = megatron_cpu.device()
-    labels = row.labels.to(place)[None]
     losses = model(
         row.input_ids.to(place)[None],
         row.position_ids.to(place)[:, None],
         None,
-        labels=labels.clamp(min=0),
+        labels=row.labels.to(place)[None],
         packed_seq_params=packed_seq_params(row),
-        **vision_inputs(row),
+        is_padding_BS=_is_padding(row),
+        **{name: value.to(place) for name, value in row.vision.items()},
     )
-    return losses, partial(_sum_losses, labels != IGNORED)
+    return losses, partial(_sum_losses, own_part(row.loss_scale.to(place)[None], dim=1))
 
 
 def packed_seq_params(row: PackedRow) -> PackedSeqParams:
@@ -96,19 +112,50 @@ def packed_seq_params(row: PackedRow) -> PackedSeqParams:
     )
 
 
-def vision_inputs(row: PackedRow) -> dict[str, Tensor]:
-    """The vision arguments of the model's forward; none for a row of text."""
-    if row.pixel_values is None or row.image_grid_thw is None:
-        return {}
-    place = megatron_cpu.device()
-    return {
-        "pixel_values": row.pixel_values.to(place),
-        "image_grid_thw": row.image_grid_thw.to(place),
-    }
+def _num_real(row: PackedRow) -> int:
+    """Tokens of samples; what follows pads the row."""
+    return int(row.cu_seqlens[row.num_samples])
 
 
-def _sum_losses(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _attended_pairs(row: PackedRow) -> int:
+    """Pairs of a token and one that it attends to, itself included."""
+    lengths = row.cu_seqlens.long().diff()[: row.num_samples]
+    return int((lengths * (lengths + 1) // 2).sum())
+
+
+def _is_padding(row: PackedRow) -> Tensor:
+    """[1, S]."""
+    return (torch.arange(len(row.input_ids)) >= _num_real(row)).to(megatron_cpu.device())[None]
+
+
+def _sum_losses(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and count over the trained tokens: Megatron divides by the count over all ranks."""
-    total = (losses.float() * mask).sum()
-    count = mask.sum().to(torch.int)
-    return total, count, {"loss_sum": total.detach(), "loss_tokens": count}
+    total = (losses * weights).sum()
+    return total, (weights > 0).sum().to(torch.int), total.detach()
+
+
+def _counts(batch: Sequence[PackedRow]) -> dict[str, int]:
+    """Over all data parallel ranks; every rank of a replica knows the whole rows."""
+    counts = torch.tensor(
+        [
+            sum(int((row.loss_scale > 0).sum()) for row in batch),
+            sum(_num_real(row) for row in batch),
+            sum(row.num_samples for row in batch),
+            sum(row.num_dropped for row in batch),
+            sum(_attended_pairs(row) for row in batch),
+        ],
+        device=megatron_cpu.device(),
+    )
+    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
+    names = ("loss_tokens", "tokens", "samples", "dropped", "attended_pairs")
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _over_all_ranks(parts: Sequence[Tensor]) -> float:
+    """The sum of what the last pipeline stages of all data and context parallel ranks hold."""
+    total = torch.zeros((), dtype=torch.float64, device=megatron_cpu.device())
+    for part in parts:
+        total += part.double()
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return float(total)

@@ -1,0 +1,25 @@
+from vlmcore.families import FAMILIES
+from vlmcore.recipe.schema import TrainStage
+from vlmcore.training.throughput import Throughput
+
+STAGE = {"name": "s", "data": ("d",), "train_iters": 1}
+CONFIG = {
+    "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
+    "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+
+
+def test_work_is_six_operations_a_weight_and_token_and_four_when_frozen() -> None:
+    """Qwen3-8B: 6.95 billion weights in layers, 0.62 in the head (its model card: 6.95 without
+    embeddings)."""
+    model = FAMILIES["qwen3"].language_model(CONFIG)
+    counts = {"tokens": 1000, "loss_tokens": 100, "attended_pairs": 0}
+    layers, head = 6.946e9 * 1000, 0.6223e9 * 100
+    full = Throughput(model, TrainStage(**STAGE)).flops(counts)
+    lora = Throughput(model, TrainStage(**STAGE, tuner_type="lora")).flops(counts)
+    assert abs(full / (6 * (layers + head)) - 1) < 1e-3
+    assert abs(lora / (4 * (layers + head)) - 1) < 1e-3
+    pairs = Throughput(model, TrainStage(**STAGE)).flops(counts | {"attended_pairs": 10})
+    assert pairs - full == 3 * 4 * 36 * 4096 * 10
