@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def save_and_merge(
         plan: What `adapt` took.
         target: New folder of the adapter.
         hf_dir: Folder with the model's config.json.
-        work: Folder for what stands between; gone afterwards or left to a build that is killed.
+        work: Scratch folder for what stands between.
     """
+    if dist.get_rank() == 0:
+        shutil.rmtree(work, ignore_errors=True)  # of a build that was killed here
+    dist.barrier()
     save_adapter(modules, plan, work)
     if dist.get_rank() == 0:
         write_peft(McoreAdapter(hf_dir, work), target)
