@@ -5,8 +5,10 @@ second names of files that came before them, so that none is ever followed. Size
 bytes are written, whatever the headers promise.
 """
 
+import bz2
 import errno
 import filecmp
+import gzip
 import lzma
 import os
 import posixpath
@@ -30,6 +32,10 @@ from vlmcore.errors import DataError
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _CHUNK_BYTES = 1 << 20
 _MAX_LINK_BYTES = 4096
+_MAX_TAIL_CHUNKS = 16  # behind a tar's end marker is padding, some kB of zeros
+_COMPRESSIONS: dict[bytes, Callable] = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
+}  # fmt: skip
 # What zipfile, tarfile and the decompressors raise on damaged bytes (gzip's is an OSError).
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, struct.error,
@@ -245,7 +251,10 @@ class _StrictInfo(tarfile.TarInfo):
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
-    with tarfile.open(archive, "r|*", tarinfo=_StrictInfo) as tar:
+    with (
+        _decompressed(archive) as stream,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo) as tar,
+    ):
         for info in tar:
             tar.members.clear()  # tarfile keeps every member that it has seen
             if info.isdir():
@@ -259,3 +268,18 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
                 yield _Member(info.name, open=lambda info=info: tar.extractfile(info))
             else:
                 yield _Member(info.name, refused="is neither a file nor a folder")
+        # checksums stand at the very end, where tarfile does not come
+        for _ in range(_MAX_TAIL_CHUNKS):
+            if not stream.read(_CHUNK_BYTES):
+                return
+        raise tarfile.ReadError("it goes on behind its end")
+
+
+def _decompressed(archive: Path) -> IO[bytes]:
+    """What is in a compressed file, told by its first bytes; any other file as it is."""
+    with archive.open("rb") as file:
+        head = file.read(6)
+    for magic, opened in _COMPRESSIONS.items():
+        if head.startswith(magic):
+            return opened(archive)
+    return archive.open("rb")

@@ -38,7 +38,10 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
         return f"{location}@{wanted.revision}"
     with _explained(location, wanted.revision):
         info = _api().repo_info(
-            **_repository(location), revision=wanted.revision, timeout=PLAN_TIMEOUT_S
+            **_repository(location),
+            revision=wanted.revision,
+            timeout=PLAN_TIMEOUT_S,
+            expand=["sha"],  # not the names of all its files
         )
     return f"{location}@{info.sha}"
 

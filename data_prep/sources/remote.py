@@ -45,8 +45,7 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
         UnreachableError: the store does not answer.
         DataError: nothing is there, or it may not be read.
     """
-    if wanted.revision:
-        raise DataError(f"{location} has no revisions, found {wanted.revision}. Leave it out.")
+    wanted.refuse("revision", source=location)
     return _digest(_list(split_sha256(location)[0]))
 
 

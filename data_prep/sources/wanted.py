@@ -23,6 +23,12 @@ class Wanted:
     split: str | None = None
     include: tuple[str, ...] = ()
 
+    def refuse(self, *fields: str, source: str) -> None:
+        """Raise a DataError if a field is set that a source cannot heed."""
+        given = [field for field in fields if getattr(self, field)]
+        if given:
+            raise DataError(f"{source} has no {' and no '.join(given)} to choose by: leave it out.")
+
     def choose(
         self, names: Sequence[str], *, where: str, read_readme: Callable[[], str]
     ) -> list[str]:
@@ -43,8 +49,10 @@ class Wanted:
                 f"{where}: none of its {len(names)} files is wanted. Check `include`: "
                 f"{', '.join(self.include) or 'empty'}."
             )
+        # a tar may be a table or an archive: told when it has come, unless the recipe says
+        told = bool(self.subset or self.split)
         chosen = choose_tables(
-            [name for name in here if not name.endswith(".tar")],  # a table or an archive: later
+            [name for name in here if told or not name.endswith(".tar")],
             where=where,
             readme=read_readme() if README in here else "",
             subset=self.subset,

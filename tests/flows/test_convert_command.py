@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+
+from tests.tiny.adapters import save_adapter
 
 WEIGHTS = "model.safetensors"
 
@@ -35,6 +38,19 @@ def test_there_and_back_with_the_check(tiny_model: Callable[..., Path], tmp_path
     assert again.returncode == 2
     assert f"{hf} is already there" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_a_merged_adapter_changes_the_tensors_it_names_and_no_other(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, merged = tiny_model("qwen3"), tmp_path / "merged"
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    done = vlmflow("merge-lora", base, adapter, merged, "--json")
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(base / WEIGHTS), load_file(merged / WEIGHTS)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if "q_proj" in key}
+    assert json.loads(done.stdout) == {"keys_written": len(before), "merged": sorted(changed)}
 
 
 def test_a_damaged_source_is_a_sentence_and_not_a_traceback(
