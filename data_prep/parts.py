@@ -119,7 +119,9 @@ class PartWriter:
         if not part.num_samples:
             self._path.unlink()
         unfinished = self._record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({**vars(part), "dropped": vars(part.dropped)}), encoding="utf-8")
+        unfinished.write_text(
+            json.dumps({**vars(part), "dropped": vars(part.dropped)}), encoding="utf-8"
+        )
         unfinished.replace(self._record)
         return part
 

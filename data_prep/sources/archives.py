@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -56,9 +57,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def settle(
-    files: Mapping[str, Path], dest: Path, *, scratch: Path, limits: Limits = LIMITS
-) -> None:
+def settle(files: Mapping[str, Path], dest: Path, *, scratch: Path) -> None:
     """Bring the files to their names in `dest`: those in `scratch` as links, others as copies.
 
     Archives are unpacked into the folder that they lie in, and are not kept.
@@ -79,7 +78,7 @@ def settle(
         else:
             shutil.copyfile(file, target)
     for file, folder in archives:  # last: a member never takes a file's place
-        unpack(file, folder, limits=limits)
+        unpack(file, folder)
 
 
 def is_archive(file: Path) -> bool:
@@ -232,7 +231,7 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 link = file.read(info).decode()
                 yield _Member(name, link=posixpath.join(posixpath.dirname(name), link))
             elif kind in (0, stat.S_IFREG):
-                yield _Member(name, open=lambda info=info: file.open(info))
+                yield _Member(name, open=partial(file.open, info))
             else:
                 yield _Member(name, refused="is neither a file nor a folder")
 
@@ -265,7 +264,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
             elif info.islnk():
                 yield _Member(info.name, link=info.linkname)
             elif info.isreg():
-                yield _Member(info.name, open=lambda info=info: tar.extractfile(info))
+                yield _Member(info.name, open=partial(tar.extractfile, info))
             else:
                 yield _Member(info.name, refused="is neither a file nor a folder")
         # checksums stand at the very end, where tarfile does not come

@@ -1,12 +1,15 @@
 """What of a source is wanted, and the files of it that this makes necessary."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from data_prep.tables import README, choose_tables, superfluous_tables
 from vlmcore.errors import DataError
 
+NUM_CONNECTIONS = 8
 PLAN_TIMEOUT_S = 10.0  # what a plan waits for a host that does not answer
 
 
@@ -60,3 +63,13 @@ class Wanted:
         )
         unwanted = superfluous_tables(here, chosen)
         return [name for name in here if name not in unwanted]
+
+
+def fetch_all(names: Sequence[str], fetch: Callable[[str], Path]) -> dict[str, Path]:
+    """Name → file, several fetched at once; the first error ends all that has not begun."""
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        try:
+            return dict(zip(names, pool.map(fetch, names), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -16,19 +16,17 @@ from typing import Any
 
 from vlmcore.errors import WeightError
 from vlmcore.families import Config, Family, family_of, read_config
+from vlmcore.weights.architecture import check_against_architecture, published_shapes
 from vlmcore.weights.dtypes import FLOATS
 from vlmcore.weights.plan import Plan, Region, build_plan
 from vlmcore.weights.report import close_ledger, conversion_report
 from vlmcore.weights.safetensors_io import INDEX, SafetensorsFolder, TensorInfo, parse_size
 from vlmcore.weights.shards import Shard, plan_shards, shard_index
 from vlmcore.weights.sidecar import (
-    PUBLISHED,
     SIDECAR,
     copy_sidecar,
     leave_quantization_out,
-    published_shapes_of,
     record_dtype,
-    record_published_shapes,
 )
 from vlmcore.weights.torch_dist import (
     Box,
@@ -109,10 +107,7 @@ def to_mcore(
         leave_quantization_out(work.path / SIDECAR / "config.json")
 
         def check() -> None:
-            from vlmcore.weights.architecture import check_against_architecture
-
             check_against_architecture(source)
-            record_published_shapes(work.path / SIDECAR)
 
         resumed = _move(
             work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
@@ -164,7 +159,7 @@ def to_hf(
     config = read_config(source / SIDECAR)
     family = family_of(config)
     stored = read_checkpoint(source / CHECKPOINT)
-    shapes = published_shapes_of(source / SIDECAR)
+    shapes = published_shapes(source / SIDECAR)
     plan = build_plan(family, config, shapes)
     _check_stored(source / CHECKPOINT, plan, stored)
     kept = {
@@ -198,7 +193,6 @@ def to_hf(
         )
         _write_headers(work.path, shards)
         copy_sidecar(source / SIDECAR, work.path)
-        (work.path / PUBLISHED).unlink(missing_ok=True)
         if dtype is not None:
             record_dtype(work.path / "config.json", dtype)
         report = _report(
@@ -216,8 +210,6 @@ def _plan(family: Family, config: Config, tensors: SafetensorsFolder) -> Plan:
     try:
         return build_plan(family, config, tensors.shapes)
     except WeightError:
-        from vlmcore.weights.architecture import check_against_architecture
-
         check_against_architecture(tensors.folder)
         raise
 
