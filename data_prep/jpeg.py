@@ -7,6 +7,7 @@ themselves libjpeg only warns of, so a file that passes here opens.
 
 import re
 import struct
+from functools import lru_cache
 
 START, END = b"\xff\xd8\xff", b"\xff\xd9"
 BASELINE = (0xC0, 0xC1)  # progressive and other frames are PIL's to judge
@@ -43,16 +44,18 @@ def walk_jpeg(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _quantisers(segment: bytes) -> set[int]:
+@lru_cache(maxsize=256)  # one encoder's files share their tables
+def _quantisers(segment: bytes) -> frozenset[int]:
     """Numbers of the tables of a DQT segment; none where they do not fill it."""
     start, found = 0, set()
     while start < len(segment) and segment[start] & 0xEC == 0:
         found.add(segment[start] & 3)
         start += 1 + 64 * (1 + (segment[start] >> 4))
-    return found if start == len(segment) else set()
+    return frozenset(found) if start == len(segment) else frozenset()
 
 
-def _huffmans(segment: bytes) -> set[int]:
+@lru_cache(maxsize=256)
+def _huffmans(segment: bytes) -> frozenset[int]:
     """Class and number of the tables of a DHT segment; none where one is impossible."""
     start, found = 0, set()
     while start + 17 <= len(segment) and segment[start] & 0xEC == 0:
@@ -60,10 +63,10 @@ def _huffmans(segment: bytes) -> set[int]:
         symbols = segment[start + 17 : start + 17 + sum(counts)]
         is_dc = segment[start] < 0x10
         if not _fits(counts) or (is_dc and any(symbol > 15 for symbol in symbols)):
-            return set()
+            return frozenset()
         found.add(segment[start])
         start += 17 + sum(counts)
-    return found if start == len(segment) else set()
+    return frozenset(found) if start == len(segment) else frozenset()
 
 
 def _fits(counts: bytes) -> bool:

@@ -102,10 +102,12 @@ class PartWriter:
 
     def add(self, members: list[Member]) -> None:
         """Append one sample."""
+        blocks = []
         for name, data in members:
-            self._write(b"".join((tar_header(name, len(data)), data, padding(len(data)))))
+            blocks += [tar_header(name, len(data)), data, padding(len(data))]
             kind = _KINDS.get(name.partition(".")[2][:1], "images")
             self.part.num_media[kind] = self.part.num_media.get(kind, 0) + 1
+        self._write(b"".join(blocks))
         self.part.num_samples += 1
 
     def close(self, *, next_row: int, is_last: bool) -> Part:
