@@ -26,6 +26,7 @@ import numpy as np
 from vlmcore.errors import WeightError
 from vlmcore.weights.archives import ALIGNMENT, archive_ends, open_archive
 from vlmcore.weights.dtypes import Raw, itemsize, raw_type
+from vlmcore.weights.files import FileReader
 from vlmcore.weights.plan import box_label
 
 Shape = tuple[int, ...]
@@ -237,14 +238,15 @@ def _check_files(folder: Path, infos: Iterable[Any]) -> None:
 
 
 class BoxReader:
-    """Reads boxes of global tensors through memory maps, which stay open."""
+    """Reads boxes of global tensors; keeps their files open."""
 
     def __init__(self) -> None:
+        self._files = FileReader()
         self._maps: dict[Path, mmap.mmap] = {}
         self._arrays: dict[tuple[Path, int], Raw] = {}
 
     def read(self, tensor: GlobalTensor, offset: Shape, shape: Shape) -> Raw:
-        """One box; a view of the file where one chunk holds it, else put together.
+        """One box, put together where several chunks hold it.
 
         Raises:
             WeightError: A chunk is unreadable or not what the metadata says.
@@ -254,7 +256,8 @@ class BoxReader:
             common = _overlap(offset, shape, chunk.offset, chunk.shape)
             if common is None:
                 continue
-            piece = self._array(tensor, chunk)[_window(*common, chunk.offset)]
+            mapped = self._array(tensor, chunk)[_window(*common, chunk.offset)]
+            piece = self._read(chunk.file, mapped, tensor.dtype)
             if piece.shape == shape:
                 return piece
             if box is None:
@@ -262,6 +265,18 @@ class BoxReader:
             box[_window(*common, offset)] = piece
         assert box is not None, f"{tensor.key}: no chunk at {offset}"  # `within` has checked
         return box
+
+    def _read(self, file: Path, mapped: Raw, dtype: str) -> Raw:
+        """What a part of a mapped file holds: read, unless its rows lie apart."""
+        if not mapped.flags.c_contiguous:
+            return mapped
+        begin = np.frombuffer(self._maps[file], np.uint8, 1)
+        start = mapped.__array_interface__["data"][0] - begin.__array_interface__["data"][0]
+        return self._files.read(file, start, mapped.size, dtype).reshape(mapped.shape)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
 
     def _array(self, tensor: GlobalTensor, chunk: Chunk) -> Raw:
         place = (chunk.file, chunk.start)

@@ -17,9 +17,10 @@ import numpy as np
 
 from vlmcore.weights.archives import archive_ends
 from vlmcore.weights.dtypes import Raw, cast, itemsize
+from vlmcore.weights.files import FileReader
 from vlmcore.weights.journal import Done
 from vlmcore.weights.plan import Region, Source, Unit
-from vlmcore.weights.safetensors_io import MappedFiles, TensorInfo
+from vlmcore.weights.safetensors_io import TensorInfo, TensorReader
 from vlmcore.weights.torch_dist import Box, BoxReader, GlobalTensor, Place
 
 WINDOW_BYTES = 1 << 20  # of a streamed copy: small enough to stay in a core's cache
@@ -86,12 +87,15 @@ class Mover:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mapped = MappedFiles()
+        self._tensors = TensorReader()
+        self._files = FileReader()
         self._boxes = BoxReader()
         self._written: dict[Path, int] = {}
 
     def close(self) -> None:
-        """Closes the files it has written to."""
+        """Closes the files."""
+        for reader in (self._tensors, self._files, self._boxes):
+            reader.close()
         while self._written:
             os.close(self._written.popitem()[1])
 
@@ -113,18 +117,30 @@ class Mover:
             }
             return found == {label: digest for label, (digest, _) in done.boxes.items()}
         return all(
-            _sha256(self._mapped.elements(_in(self._folder, info), 0, math.prod(info.shape)))
-            == done.tensors[key][0]
+            self._digest_of(_in(self._folder, info)) == done.tensors[key][0]
             for key, info in task.tensors.items()
         )
 
     def _read_back(self, box: Box, place: Place) -> str:
         """Digest of an archive's data; of nothing that could match if the rest is damaged."""
         head, tail = archive_ends(box.dtype, box.shape)
-        whole = self._mapped.view(self._folder / place.file, place.start, place.length, "uint8")
-        end = place.length - len(tail)
-        intact = whole[: len(head)].tobytes() == head and whole[end:].tobytes() == tail
-        return _sha256(whole[len(head) : end]) if intact else ""
+        file, end = self._folder / place.file, place.length - len(tail)
+
+        def read(first: int, last: int) -> Raw:
+            return self._files.read(file, place.start + first, last - first, "uint8")
+
+        if read(0, len(head)).tobytes() != head or read(end, place.length).tobytes() != tail:
+            return ""
+        digest = hashlib.sha256()
+        for first in range(len(head), end, WINDOW_BYTES):
+            digest.update(read(first, min(first + WINDOW_BYTES, end)).data)
+        return digest.hexdigest()
+
+    def _digest_of(self, info: TensorInfo) -> str:
+        digest = _Digest()
+        for part in _windows(range(math.prod(info.shape)), info):
+            digest.update(self._tensors.elements(info, part.start, part.stop))
+        return digest.result[0]
 
     def _pack(self, task: PackUnit) -> Done:
         digests = {key: _Digest() for key in task.tensors}
@@ -158,7 +174,7 @@ class Mover:
         if region.is_copy:
             (info,), (span,), (source,) = infos, spans, region.sources
             for part in _windows(span, info):
-                raw = self._mapped.elements(info, part.start, part.stop)
+                raw = self._tensors.elements(info, part.start, part.stop)
                 digests[source.key].update(raw)
                 yield cast(raw, info.dtype_name, dtype)
             return
@@ -166,7 +182,7 @@ class Mover:
         for info, span, source, shape in zip(
             infos, spans, region.sources, region.hf_shapes, strict=True
         ):
-            raw = self._mapped.elements(info, span.start, span.stop)
+            raw = self._tensors.elements(info, span.start, span.stop)
             digests[source.key].update(raw)
             pieces.append(raw.reshape(shape))
         yield cast(_contiguous(region.pack(*pieces)), infos[0].dtype_name, dtype)
@@ -233,10 +249,6 @@ class _Digest:
     @property
     def result(self) -> tuple[str, int]:
         return self._sha256.hexdigest(), self._elements
-
-
-def _sha256(data: Raw) -> str:
-    return hashlib.sha256(data.data).hexdigest()
 
 
 def _in(folder: Path, info: TensorInfo) -> TensorInfo:
