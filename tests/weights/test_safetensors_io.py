@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from vlmcore.errors import WeightError
 from vlmcore.weights.dtypes import cast
 from vlmcore.weights.safetensors_io import (
-    TensorReader,
     SafetensorsFolder,
+    TensorReader,
     parse_size,
     tensor_bytes,
     write_sharded,
