@@ -108,6 +108,8 @@ def to_mcore(
 
         def check() -> None:
             check_against_architecture(source)
+            # what `write_metadata` takes a second to import, while the workers have the time
+            import torch.distributed.checkpoint.filesystem  # noqa: F401
 
         resumed = _move(
             work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
