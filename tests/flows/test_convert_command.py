@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from flows import convert_command
 from tests.tiny.adapters import save_adapter
 
 WEIGHTS = "model.safetensors"
@@ -38,6 +40,19 @@ def test_there_and_back_with_the_check(tiny_model: Callable[..., Path], tmp_path
     assert again.returncode == 2
     assert f"{hf} is already there" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_logits_past_the_tolerance_end_with_1_and_name_the_layer(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_command, "TOLERANCE", 1e-9)  # less than fp32 at TP 2 can give
+    arguments = [str(tiny_model("qwen3")), str(tmp_path / "mcore"), "--check", "--tp", "2"]
+    done = CliRunner().invoke(convert_command.convert_app, ["to-mcore", *arguments])
+    assert done.exit_code == 1
+    said = " ".join(done.stderr.split())
+    assert "failed tp2, text: largest logit difference" in said
+    assert "first apart at" in said
 
 
 def test_a_merged_adapter_changes_the_tensors_it_names_and_no_other(
