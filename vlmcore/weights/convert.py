@@ -17,6 +17,7 @@ from typing import Any
 from vlmcore.errors import WeightError
 from vlmcore.families import Config, Family, family_of, read_config
 from vlmcore.weights.architecture import check_against_architecture, published_shapes
+from vlmcore.weights.boxes import VOCABULARY
 from vlmcore.weights.dtypes import FLOATS
 from vlmcore.weights.plan import Plan, Region, build_plan
 from vlmcore.weights.report import close_ledger, conversion_report
@@ -42,10 +43,6 @@ from vlmcore.weights.workfolder import WorkFolder, require_free, work_folder
 
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 REPORT = "conversion.json"
-VOCABULARY = (
-    "word_embeddings.weight",
-    "output_layer.weight",
-)  # first dimension, padded by Megatron
 
 Shape = tuple[int, ...]
 

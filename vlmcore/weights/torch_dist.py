@@ -25,6 +25,7 @@ import numpy as np
 
 from vlmcore.errors import WeightError
 from vlmcore.weights.archives import ALIGNMENT, archive_ends, open_archive
+from vlmcore.weights.boxes import overlap, window
 from vlmcore.weights.dtypes import Raw, itemsize, raw_type
 from vlmcore.weights.files import FileReader
 from vlmcore.weights.plan import box_label
@@ -160,7 +161,7 @@ class GlobalTensor:
         Raises:
             WeightError: They do not cover the box exactly once.
         """
-        found = [(c, _overlap(offset, shape, c.offset, c.shape)) for c in self.chunks]
+        found = [(c, overlap(offset, shape, c.offset, c.shape)) for c in self.chunks]
         chunks = tuple(chunk for chunk, common in found if common)
         covered = sum(
             math.prod(high - low for low, high in zip(*common, strict=True))
@@ -253,16 +254,16 @@ class BoxReader:
         """
         box: Raw | None = None
         for chunk in tensor.chunks:
-            common = _overlap(offset, shape, chunk.offset, chunk.shape)
+            common = overlap(offset, shape, chunk.offset, chunk.shape)
             if common is None:
                 continue
-            mapped = self._array(tensor, chunk)[_window(*common, chunk.offset)]
+            mapped = self._array(tensor, chunk)[window(*common, chunk.offset)]
             piece = self._read(chunk.file, mapped, tensor.dtype)
             if piece.shape == shape:
                 return piece
             if box is None:
                 box = np.empty(shape, raw_type(tensor.dtype))
-            box[_window(*common, offset)] = piece
+            box[window(*common, offset)] = piece
         assert box is not None, f"{tensor.key}: no chunk at {offset}"  # `within` has checked
         return box
 
@@ -301,20 +302,6 @@ class BoxReader:
         size = itemsize(found.dtype)
         strides = tuple(n * size for n in found.stride)
         return np.ndarray(found.shape, raw_type(found.dtype), mapped, found.start, strides)
-
-
-def _overlap(
-    offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape
-) -> tuple[Shape, Shape] | None:
-    """First and one-past-last index of what two boxes share; None for nothing."""
-    low = tuple(map(max, offset, other_offset))
-    ends = zip(offset, shape, other_offset, other_shape, strict=True)
-    high = tuple(min(a + n, b + m) for a, n, b, m in ends)
-    return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
-
-
-def _window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
 class _Record:
