@@ -11,10 +11,11 @@ import torch.distributed.checkpoint as dcp
 
 from tests.weights.checkpoints import load
 from vlmcore.errors import WeightError
-from vlmcore.weights import torch_dist
-from vlmcore.weights.archives import archive_ends, open_archive
+from vlmcore.weights import layout
+from vlmcore.weights.archives import archive_ends, contiguous, open_archive
+from vlmcore.weights.layout import Box, place_boxes, write_metadata
 from vlmcore.weights.safetensors_io import tensor_bytes
-from vlmcore.weights.torch_dist import Box, BoxReader, place_boxes, read_checkpoint, write_metadata
+from vlmcore.weights.torch_dist import BoxReader, read_checkpoint
 
 SHAPES = [(), (0,), (7,), (1, 3, 5), (2, 3, 4, 5)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +33,7 @@ def name_of(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_loads_the_archives_we_write(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = numbered(shape, dtype)
-    head, tail = archive_ends(name_of(dtype), shape)
+    head, tail = archive_ends(name_of(dtype), shape, contiguous(shape))
     found = torch.load(io.BytesIO(head + bytes(tensor_bytes(tensor)) + tail), weights_only=True)
     assert found.dtype == dtype
     assert torch.equal(found, tensor)
@@ -62,7 +63,7 @@ def test_we_find_the_data_in_archives_that_torch_writes(tmp_path: Path, dtype: t
 
 def test_a_tensor_past_four_gigabytes_is_loaded(tmp_path: Path) -> None:
     shape = (1200, 1_000_000)
-    head, tail = archive_ends("float32", shape)
+    head, tail = archive_ends("float32", shape, contiguous(shape))
     with (tmp_path / "file").open("wb") as file:  # sparse: holds no data
         file.write(head)
         file.seek(4 * math.prod(shape), io.SEEK_CUR)
@@ -88,7 +89,7 @@ def write_tiles(folder: Path, tiles: list[tuple[int, int, int, int]]) -> None:
     placed = dict(zip(boxes, place_boxes(boxes), strict=True))
     for box, place in placed.items():
         (r, c), (h, w) = box.offset, box.shape
-        head, tail = archive_ends("float32", box.shape)
+        head, tail = box.archive_ends()
         with (folder / place.file).open("ab") as file:
             file.truncate(place.start)
         with (folder / place.file).open("ab") as file:
@@ -122,7 +123,7 @@ def test_a_box_without_a_chunk_is_refused(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_are_spread_over_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_dist, "MAX_FILE_BYTES", 3000)
+    monkeypatch.setattr(layout, "MAX_FILE_BYTES", 3000)
     boxes = [Box("w", (9, 100), (i, 0), (1, 100), "float32") for i in range(9)]
     places = place_boxes(boxes)
     assert [place.file for place in places] == [f"__0_{i // 2}.distcp" for i in range(9)]

@@ -20,3 +20,9 @@ def overlap(
 def window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
     """Where a box stands inside another one that begins at `origin`."""
     return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+
+
+def swap(shape: Shape) -> Shape:
+    """A shape or offset with the last two dimensions the other way round."""
+    *outer, rows, columns = shape
+    return (*outer, columns, rows)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vlmcore.families import Config, Family, family_of, read_config
 from vlmcore.weights.architecture import check_against_architecture, published_shapes
 from vlmcore.weights.boxes import VOCABULARY
 from vlmcore.weights.dtypes import FLOATS
+from vlmcore.weights.layout import Box, Place, place_boxes, write_metadata
 from vlmcore.weights.plan import Plan, Region, build_plan
 from vlmcore.weights.report import close_ledger, conversion_report
 from vlmcore.weights.safetensors_io import INDEX, SafetensorsFolder, TensorInfo, parse_size
@@ -29,14 +31,7 @@ from vlmcore.weights.sidecar import (
     leave_quantization_out,
     record_dtype,
 )
-from vlmcore.weights.torch_dist import (
-    Box,
-    GlobalTensor,
-    Place,
-    place_boxes,
-    read_checkpoint,
-    write_metadata,
-)
+from vlmcore.weights.torch_dist import GlobalTensor, read_checkpoint
 from vlmcore.weights.units import PackUnit, Task, UnpackUnit
 from vlmcore.weights.workers import Listener, move_units
 from vlmcore.weights.workfolder import WorkFolder, require_free, work_folder
@@ -102,15 +97,10 @@ def to_mcore(
     with work_folder(target, identity=identity, files=files) as work:
         copy_sidecar(source, work.path / SIDECAR)
         leave_quantization_out(work.path / SIDECAR / "config.json")
-
-        def check() -> None:
-            check_against_architecture(source)
-            # what `write_metadata` takes a second to import, while the workers have the time
-            import torch.distributed.checkpoint.filesystem  # noqa: F401
-
         resumed = _move(
-            work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
-        )
+            work, CHECKPOINT, tasks, partial(check_against_architecture, source),
+            num_processes=num_processes, on_progress=on_progress,
+        )  # fmt: skip
         write_metadata(work.path / CHECKPOINT, {boxes[r]: placed[r] for r in plan.regions})
         scales = {key: info.scale.key for key, info in tensors.items() if info.scale}
         report = _report(
@@ -243,7 +233,7 @@ def _boxes(plan: Plan, tensors: SafetensorsFolder, dtype: str | None) -> dict[Re
     return {
         region: Box(
             region.mcore_key, region.global_shape, region.offset, region.shape,
-            dtype or tensors[region.sources[0].key].dtype_name,
+            dtype or tensors[region.sources[0].key].dtype_name, swapped=region.is_transpose,
         )
         for region in plan.regions
     }  # fmt: skip
