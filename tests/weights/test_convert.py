@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.tiny.forms import as_hub
 from tests.weights.checkpoints import Tensors, edit, load
 from vlmcore.errors import WeightError
 from vlmcore.training.launch import launch
@@ -204,6 +205,21 @@ def test_the_reports_of_both_directions_name_the_same_digests(
     assert there["boxes"] == {
         label: sha256(stored[label.split("[")[0]][box_of(label)]) for label in there["boxes"]
     }
+
+
+@pytest.mark.parametrize("written_by", ["to_mcore", "torch"])
+def test_fused_experts_go_there_and_back_whoever_stored_them(
+    written_by: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As they come from the hub, input dimension first: stored as they are by us, not by torch."""
+    source = as_hub(tiny_model("qwen3_vl_moe"), tmp_path / "source")
+    there = to_mcore(source, tmp_path / "mcore")
+    experts = {key: digest for key, digest in there["tensors"].items() if ".experts." in key}
+    assert set(experts.values()) <= set(there["boxes"].values())
+    if written_by == "torch":
+        edit(tmp_path / "mcore" / CHECKPOINT, lambda tensors: None)
+    back = to_hf(tmp_path / "mcore", tmp_path / "hf")
+    assert there["tensors"] == back["tensors"]
 
 
 def sha256(tensor: torch.Tensor) -> str:

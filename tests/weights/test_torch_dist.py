@@ -8,6 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from tests.weights.checkpoints import load
 from vlmcore.errors import WeightError
@@ -103,6 +112,43 @@ TILES = [(r, c, 2, 4) for r in (0, 2, 4) for c in (0, 4)]
 def test_torch_reads_the_checkpoints_we_write(tmp_path: Path) -> None:
     write_tiles(tmp_path / "c", TILES)
     assert torch.equal(load(tmp_path / "c")["w"], WHOLE)
+
+
+def test_the_metadata_is_what_torch_would_pickle(tmp_path: Path) -> None:
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    boxes = [Box(key, (2, 4, 4), (i, 0, 0), (1, 4, 4), "bfloat16") for i in range(2)]
+    placed = dict(zip(boxes, place_boxes(boxes), strict=True))
+    write_metadata(tmp_path, placed)
+    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in boxes]
+    properties = TensorProperties(dtype=torch.bfloat16)
+    size = len((tmp_path / "__0_objects.distcp").read_bytes())
+    extras = [f"decoder.layers.mlp.linear_fc1._extra_state/shard_{i}_2" for i in range(2)]
+    expected = Metadata(
+        {key: TensorStorageMetadata(properties, torch.Size((2, 4, 4)), chunks)}
+        | dict.fromkeys(extras, BytesStorageMetadata()),
+        storage_data={
+            MetadataIndex(box.key, box.offset): _StorageInfo(*vars(place).values())
+            for box, place in placed.items()
+        }
+        | {MetadataIndex(extra): _StorageInfo("__0_objects.distcp", 0, size) for extra in extras},
+    )
+    assert pickle.loads((tmp_path / ".metadata").read_bytes()) == expected
+    assert torch.load(tmp_path / "__0_objects.distcp", weights_only=True) == [None]
+    assert torch.load(tmp_path / "common.pt", weights_only=True) == {}
+
+
+def test_a_box_stored_the_other_way_round_is_the_same_tensor(tmp_path: Path) -> None:
+    box = Box("w", (6, 8), (0, 0), (6, 8), "float32", swapped=True)
+    (place,) = place_boxes([box])
+    head, tail = box.archive_ends()
+    (tmp_path / place.file).write_bytes(head + bytes(tensor_bytes(WHOLE.T)) + tail)
+    write_metadata(tmp_path, {box: place})
+    assert torch.equal(load(tmp_path)["w"], WHOLE)
+    tensor, reader = read_checkpoint(tmp_path)["w"], BoxReader()
+    assert reader.is_swapped(tensor, (0, 0), (6, 8))
+    assert reader.read(tensor, (2, 3), (4, 5)).tobytes() == bytes(tensor_bytes(WHOLE[2:, 3:]))
+    found = reader.read(tensor, (3, 2), (5, 4), swapped=True)
+    assert found.tobytes() == bytes(tensor_bytes(WHOLE.T[3:, 2:]))
 
 
 def test_a_box_is_put_together_from_any_tiling(tmp_path: Path) -> None:
