@@ -4,12 +4,14 @@
 
 Random weights at real shapes: Qwen2.5-VL-3B and Qwen3-VL-30B-A3B with 4 layers; 25 GB of disk
 while it runs. Every figure is of a whole command, from its start to its end, on a source that was
-read before; what stands unwritten in the page cache is flushed before each. `cp` leaves its copy in
-the page cache, the conversions end when everything is on the disk.
+read before; what stands unwritten in the page cache is flushed before each. Both sides end when
+every byte is on the disk: conversions do by themselves, `cp -r` is followed by `sync` of its copy.
+What cp takes until it leaves its copy in the page cache is printed too.
 
 With `--json`, one object: to_mcore_vs_cp and to_hf_vs_cp are cp's time over ours, the median of the
-repeats, the worst of the models; peak_anonymous_mb is the largest sum of RssAnon over all processes
-of a conversion; repeated_tensors counts what was begun again after a kill -9.
+repeats, the worst of the models; `…_vs_cp_unsynced` are the same for cp without the disk;
+peak_anonymous_mb is the largest sum of RssAnon over all processes of a conversion;
+repeated_tensors counts what was begun again after a kill -9.
 """
 
 import argparse
@@ -154,15 +156,21 @@ def measure(folder: Path, name: str, layers: int | None, repeats: int) -> dict[s
     def run(what: str, command: list[str], reads: Path) -> None:
         wall_s, peak_mb = timed(command, reads)
         seconds.setdefault(what, []).append(round(wall_s, 2))
-        if what in ("to_mcore", "to_hf"):
-            peaks.append(peak_mb)
+        peaks.append(peak_mb)
+
+    def run_cp(what: str, reads: Path) -> None:
+        wall_s, _ = timed(["cp", "-r", str(reads), str(copy)], reads)
+        began = time.perf_counter()
+        subprocess.run(["sync", *(p for p in copy.rglob("*") if p.is_file())], check=True)
+        synced_s = wall_s + time.perf_counter() - began
+        seconds.setdefault(f"{what}_unsynced", []).append(round(wall_s, 2))
+        seconds.setdefault(what, []).append(round(synced_s, 2))
+        shutil.rmtree(copy)
 
     for _ in range(repeats):
-        run("cp_hf", ["cp", "-r", str(source), str(copy)], source)
-        shutil.rmtree(copy)
+        run_cp("cp_hf", source)
         run("to_mcore", [*CONVERT, "to-mcore", str(source), str(mcore)], source)
-        run("cp_mcore", ["cp", "-r", str(mcore), str(copy)], mcore)
-        shutil.rmtree(copy)
+        run_cp("cp_mcore", mcore)
         run("to_hf", [*CONVERT, "to-hf", str(mcore), str(hf)], mcore)
         shutil.rmtree(hf)
         shutil.rmtree(mcore)
@@ -174,13 +182,14 @@ def measure(folder: Path, name: str, layers: int | None, repeats: int) -> dict[s
         "gigabytes": round(size / 1e9, 2),
         "seconds": seconds,
         **{
-            f"{ours}_vs_cp": round(
+            f"{ours}_vs_cp{kind}": round(
                 statistics.median(
-                    a / b for a, b in zip(seconds[theirs], seconds[ours], strict=True)
+                    a / b for a, b in zip(seconds[theirs + kind], seconds[ours], strict=True)
                 ),
                 2,
             )
             for ours, theirs in pairs.items()
+            for kind in ("", "_unsynced")
         },
         "peak_anonymous_mb": round(max(peaks)),
         **killed,
@@ -202,8 +211,11 @@ def main() -> None:
             models[name] = measure(Path(folder), name, layers, args.repeats)
     found = list(models.values())
     figures = {
-        "to_mcore_vs_cp": min(one["to_mcore_vs_cp"] for one in found),
-        "to_hf_vs_cp": min(one["to_hf_vs_cp"] for one in found),
+        **{
+            ratio: min(one[ratio] for one in found)
+            for ours in ("to_mcore_vs_cp", "to_hf_vs_cp")
+            for ratio in (ours, f"{ours}_unsynced")
+        },
         "peak_anonymous_mb": max(one["peak_anonymous_mb"] for one in found),
         "repeated_tensors": max(one["repeated"] for one in found),
         "num_cpus": os.cpu_count(),
@@ -215,7 +227,7 @@ def main() -> None:
     for name, one in models.items():
         print(f"{name}, {one['gigabytes']} GB:")
         for what, walls in one["seconds"].items():
-            print(f"  {what:<10} {', '.join(f'{wall:6.2f}' for wall in walls)} s")
+            print(f"  {what:<17} {', '.join(f'{wall:6.2f}' for wall in walls)} s")
         print(
             f"  to_mcore {one['to_mcore_vs_cp']} of cp's speed, to_hf {one['to_hf_vs_cp']}; "
             f"{one['peak_anonymous_mb']} MB anonymous at most; after kill -9 {one['repeated']} "

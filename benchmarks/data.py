@@ -33,6 +33,7 @@ NUM_REENCODED = 600
 NUM_ROWS = 1_000_000
 NUM_HANDWRITING = 5_000
 NUM_WORKERS = os.cpu_count() or 1
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
@@ -147,12 +148,10 @@ def bench_prepare(folder: Path) -> dict:
 
     raw, counts = folder / "handwriting", {"train": NUM_HANDWRITING - 200, "val": 100, "test": 100}
     fetch("builtin:handwritten_numbers", raw, options=counts, seed=0)
-    code = folder / "prepare.py"
-    code.write_text(PREPARE)
     seconds = []
     for i in range(3):
         began = time.perf_counter()
-        run_python(code, raw, folder / f"prepared{i}")
+        run_prepare(raw, folder / f"prepared{i}")
         seconds.append(time.perf_counter() - began)
     rate = loader_rate(folder / "prepared0" / "energon", folder)
     return {
@@ -205,19 +204,21 @@ def bench_memory(folder: Path) -> dict:
                 {"role": "assistant", "content": f"{i * (i % 97)}"},
             ]
             file.write(json.dumps({"messages": turns}) + "\n")
-    code = folder / "prepare.py"
     began = time.perf_counter()
-    peak_mb = run_python(code, raw, folder / "million")
+    peak_mb = run_prepare(raw, folder / "million")
     return {
         "peak_mb_1m_rows": round(peak_mb),
         "seconds_1m_rows": round(time.perf_counter() - began, 1),
     }
 
 
-def run_python(code: Path, *arguments: Path) -> float:
-    """Run a script to its end; most memory that it and its processes held together, in MB."""
-    command = [sys.executable, str(code), *map(str, arguments), str(NUM_WORKERS)]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
+def run_prepare(raw: Path, dest: Path) -> float:
+    """Prepare a dataset in a process; most memory that it and its children held together, in MB."""
+    dest.mkdir()
+    code = dest / "prepare.py"
+    code.write_text(PREPARE)
+    command = [sys.executable, str(code), str(raw), str(dest), str(NUM_WORKERS)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
     peak = [0.0]
     watcher = threading.Thread(target=watch, args=(process.pid, peak), daemon=True)
     watcher.start()

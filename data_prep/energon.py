@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import shutil
+import sqlite3
 import uuid
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +61,7 @@ def prepare(shards_dir: Path, dest: Path, *, sample_type: SampleType = "chat") -
             link_or_copy(shards_dir / name, dest / name)
     _index(dest, names)
     _describe(meta, sample_type)
-    _fix_uuid(meta)
+    _make_repeatable(meta)
     _check_counts(dest, report)
 
 
@@ -128,8 +129,10 @@ def _describe(meta: Path, sample_type: SampleType) -> None:
     (meta / "dataset.yaml").write_text(yaml.safe_dump(dataset, sort_keys=False), encoding="utf-8")
 
 
-def _fix_uuid(meta: Path) -> None:
-    """Derive the index's id from the index: energon draws one at random, which no rerun repeats."""
+def _make_repeatable(meta: Path) -> None:
+    """Take the time of day out of the index, and derive its id, which energon draws, from it."""
+    with closing(sqlite3.connect(meta / "index.sqlite")) as index, index:
+        index.execute("UPDATE media_filters SET created_at_utc = '1970-01-01 00:00:00'")
     digest = hashlib.sha256((meta / "index.sqlite").read_bytes()).hexdigest()
     (meta / "index.uuid").write_text(str(uuid.uuid5(uuid.NAMESPACE_OID, digest)))
 

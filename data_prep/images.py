@@ -1,13 +1,12 @@
 """Image bytes checked: the bytes that were checked are the bytes that are kept.
 
-PNG and JPEG are walked through without unpacking pixels: every chunk's checksum of a PNG, every
-segment and the end of a JPEG. Whatever looks the least bit odd there, and every other format, is
-decoded by PIL, which has the last word. A JPEG holds no checksums, so a flipped bit inside its
-pixels is seen by neither.
+PNG and baseline JPEG are walked through without unpacking pixels: every chunk and checksum of a
+PNG, every segment and table of a JPEG up to its end. Whatever looks the least bit odd there, and
+every other format (progressive JPEG, WebP, …), is decoded by PIL, which has the last word. A JPEG
+holds no checksums: a flipped bit inside its pixels gives other pixels, and is seen by nobody.
 """
 
 import io
-import re
 import struct
 import warnings
 import zlib
@@ -15,6 +14,7 @@ import zlib
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.causes import BadRowError
+from data_prep.jpeg import walk_jpeg
 
 # What is accepted, by its content whatever it is called, and the name it gets in a shard.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -38,8 +38,6 @@ DECODE_ERRORS = (
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive; PIL decides about the others
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # in pixels: neither stuffing nor restart
 
 
 def check_image(data: bytes) -> str:
@@ -48,15 +46,17 @@ def check_image(data: bytes) -> str:
     Raises:
         BadRowError: `corrupt_image`, `truncated_image`, `absurd_size` or `decompression_bomb`.
     """
-    found = _walk_png(data) or _walk_jpeg(data)
-    if found is None:
+    if (size := _walk_png(data)) is not None:
+        extension = "png"
+    elif (size := walk_jpeg(data)) is not None:
+        extension = "jpg"
+    else:
         return _decode(data)
-    extension, size = found
     _check_size(*size)
     return extension
 
 
-def _walk_png(data: bytes) -> tuple[str, tuple[int, int]] | None:
+def _walk_png(data: bytes) -> tuple[int, int] | None:
     if not data.startswith(PNG_SIGNATURE + b"\0\0\0\rIHDR") or len(data) < 33:
         return None
     width, height, depth, colour, compression, filtering, interlace = struct.unpack_from(
@@ -78,43 +78,7 @@ def _walk_png(data: bytes) -> tuple[str, tuple[int, int]] | None:
     whole = start == len(data) and data.endswith(b"IEND\xaeB`\x82") and b"IDAT" in kinds
     if not whole or (colour == 3 and b"PLTE" not in kinds):
         return None
-    return "png", (width, height)
-
-
-def _walk_jpeg(data: bytes) -> tuple[str, tuple[int, int]] | None:
-    if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
-        return None
-    start, size = 2, None
-    while start + 4 <= len(data) and data[start] == 0xFF:
-        marker, length = data[start + 1], int.from_bytes(data[start + 2 : start + 4], "big")
-        segment = data[start + 4 : start + 2 + length]
-        if length < 2 or len(segment) != length - 2:
-            return None
-        start += 2 + length
-        if marker in JPEG_FRAMES:
-            if size is not None or length not in (11, 17) or segment[0] != 8:
-                return None
-            height, width = struct.unpack_from(">HH", segment, 1)
-            size = (width, height)
-        elif marker == 0xC4 and not _is_huffman(segment):
-            return None
-        elif marker == 0xDA:
-            found = JPEG_MARKER.search(data, start)
-            assert found is not None, "the end marker is there"
-            start = found.start()
-            if start == len(data) - 2:
-                return ("jpg", size) if size else None
-        elif marker not in (0xC4, 0xDB, 0xDD, 0xFE) and not 0xE0 <= marker <= 0xEF:
-            return None
-    return None
-
-
-def _is_huffman(segment: bytes) -> bool:
-    """Whether the tables of a DHT segment fill it exactly."""
-    start = 0
-    while start + 17 <= len(segment):
-        start += 17 + sum(segment[start + 1 : start + 17])
-    return start == len(segment)
+    return width, height
 
 
 def _decode(data: bytes) -> str:
@@ -142,5 +106,7 @@ def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadRowError("decompression_bomb", f"{width} x {height} pixels")
     shorter, longer = sorted((width, height))
+    if not shorter:
+        raise BadRowError("corrupt_image", f"{width} x {height} pixels")
     if longer > MAX_ASPECT_RATIO * shorter:
         raise BadRowError("absurd_size", f"{width} x {height} pixels")

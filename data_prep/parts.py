@@ -102,10 +102,12 @@ class PartWriter:
 
     def add(self, members: list[Member]) -> None:
         """Append one sample."""
+        blocks = []
         for name, data in members:
-            self._write(b"".join((tar_header(name, len(data)), data, padding(len(data)))))
+            blocks += [tar_header(name, len(data)), data, padding(len(data))]
             kind = _KINDS.get(name.partition(".")[2][:1], "images")
             self.part.num_media[kind] = self.part.num_media.get(kind, 0) + 1
+        self._write(b"".join(blocks))
         self.part.num_samples += 1
 
     def close(self, *, next_row: int, is_last: bool) -> Part:
@@ -119,7 +121,9 @@ class PartWriter:
         if not part.num_samples:
             self._path.unlink()
         unfinished = self._record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps({**vars(part), "dropped": vars(part.dropped)}), encoding="utf-8")
+        unfinished.write_text(
+            json.dumps({**vars(part), "dropped": vars(part.dropped)}), encoding="utf-8"
+        )
         unfinished.replace(self._record)
         return part
 

@@ -6,6 +6,7 @@ What shares an image (or a group) goes to one split together, so that no image i
 import hashlib
 import itertools
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -234,7 +235,8 @@ def parse_split(text: str) -> tuple[float, float, float]:
         parts = [float(part) for part in text.split(",")]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or min(parts) < 0 or sum(parts) <= 0 or sum(parts) == float("inf"):
+    makes_sense = 1 <= len(parts) <= 3 and min(parts) >= 0 and 0 < sum(parts) < math.inf
+    if not makes_sense:  # also where one is not a number
         raise DataError(f"split {text!r} is none of train,val,test ratios such as 9,1,0.")
     train, val, test = [*parts, 0.0, 0.0][:3]
     return train, val, test

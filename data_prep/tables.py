@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -36,8 +36,8 @@ ALIASES = {
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(ALIASES)})(?![a-z])")  # also in val2017
 _PREFIX = re.compile(r"(?<![a-z])(train|val|dev|eval|test)")  # also in testmini
 _NUMBERED = re.compile(r"^(?P<split>.*?)-\d+-of-\d+(-[0-9a-f]+)?$")  # as `push_to_hub` names files
-# JSON files of repositories that are about the tables and hold no rows.
-_NO_ROWS = re.compile(r"^(dataset_infos?|state|metadata|config|package|configuration)\.json$")
+# JSON files that are about the tables and hold no rows; MANIFEST.json is our artifacts'.
+_NO_ROWS = re.compile(r"^(dataset_infos?|state|metadata|config(uration)?|package|MANIFEST)\.json$")
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,23 @@ def _declared(names: list[str], readme: str) -> list[_Table]:
         subset = str(config.get("config_name", "default"))
         for split, patterns in _data_files(config.get("data_files")):
             root = str(config.get("data_dir") or "")
-            globs = [re.compile(translate(str(PurePosixPath(root, one)))) for one in patterns]
+            globs = [PurePosixPath(root, one).parts for one in patterns]
             tables += [
                 _Table(name, subset, split, subset == "default" or bool(config.get("default")))
                 for name in names
-                if PurePosixPath(name).suffix in KINDS and any(one.match(name) for one in globs)
+                if PurePosixPath(name).suffix in KINDS
+                and any(_fits(PurePosixPath(name).parts, one) for one in globs)
             ]
     return tables
+
+
+def _fits(parts: Sequence[str], glob: Sequence[str]) -> bool:
+    """Whether a path fits a glob, of which `**` alone stands for several folders."""
+    if not parts or not glob:
+        return not parts and not glob
+    if glob[0] == "**":
+        return _fits(parts, glob[1:]) or _fits(parts[1:], glob)
+    return fnmatchcase(parts[0], glob[0]) and _fits(parts[1:], glob[1:])
 
 
 def _configs(readme: str) -> list[dict]:
@@ -148,7 +158,8 @@ def _data_files(entry: object) -> Iterator[tuple[str, list[str]]]:
             yield "train", [one]
         elif isinstance(one, dict) and "path" in one:
             path = one["path"]
-            yield str(one.get("split", "train")), path if isinstance(path, list) else [path]
+            patterns = path if isinstance(path, list) else [path]
+            yield str(one.get("split", "train")), [str(pattern) for pattern in patterns]
 
 
 def _laid_out(names: list[str]) -> list[_Table]:

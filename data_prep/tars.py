@@ -8,7 +8,7 @@ from pathlib import Path
 
 Member = tuple[str, bytes]  # name in the tar, content
 
-_NAME, _SIZE, _SUM = slice(0, 100), slice(124, 136), slice(148, 156)
+_SIZE, _SUM = slice(124, 135), slice(148, 156)
 _MAX_SIZE = 8**11  # what 11 octal digits cannot hold
 END = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -26,11 +26,11 @@ def tar_header(name: str, size: int) -> bytes:
         info = tarfile.TarInfo(name)
         info.size = size
         return info.tobuf(tarfile.GNU_FORMAT, "utf-8", "strict")
-    header = bytearray(_template())
-    header[_NAME] = raw.ljust(100, b"\0")
-    header[_SIZE] = b"%011o\0" % size
-    header[_SUM] = b" " * 8
-    header[_SUM] = b"%06o\0 " % sum(header)
+    template, template_sum = _template()
+    header, digits = bytearray(template), b"%011o" % size
+    header[: len(raw)] = raw
+    header[_SIZE] = digits
+    header[_SUM] = b"%06o\0 " % (template_sum + sum(raw) + sum(digits))
     return bytes(header)
 
 
@@ -81,5 +81,8 @@ def _key(name: str) -> str:
 
 
 @cache
-def _template() -> bytes:
-    return tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
+def _template() -> tuple[bytes, int]:
+    """A header without name and size, and its checksum, for which the checksum counts as blanks."""
+    header = bytearray(tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict"))
+    header[_SIZE], header[_SUM] = bytes(11), b" " * 8
+    return bytes(header), sum(header)

@@ -9,7 +9,7 @@ from typing import Any
 from flows.request import Request
 from tasks.caching import Ref, Run, UntilReached, matches
 from tasks.convert import export, precision, to_mcore
-from tasks.data import energon, holdout, raw_dataset, shards
+from tasks.data import energon, holdout, holdout_of_shards, raw_dataset, shards
 from tasks.evaluation import evaluate
 from tasks.model import donor, swap
 from tasks.report import report
@@ -89,7 +89,10 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
         name: raw_dataset(run, name, spec, seed=recipe.seed) for name, spec in recipe.data.items()
     }
     tars = {name: shards(run, name, spec, raw=raw[name]) for name, spec in recipe.data.items()}
-    data = {name: energon(run, name, shards=tars[name]) for name in recipe.data}
+    data = {
+        name: energon(run, name, shards=tars[name], sample_type=spec.sample_type)
+        for name, spec in recipe.data.items()
+    }
 
     model = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed)
     if recipe.model.llm is not None:
@@ -106,7 +109,12 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
             checkpoints[stage.name] = exported
 
     for entry in recipe.evaluate:
-        asked = holdout(run, entry, raw=raw[entry.data])
+        source = recipe.data[entry.data]
+        asked = (
+            holdout_of_shards(run, entry, shards=tars[entry.data])
+            if source.split_ratios
+            else holdout(run, entry, raw=raw[entry.data], dataset=source)
+        )
         for checkpoint in recipe.scored_checkpoints(entry):
             answers = evaluate(
                 run, checkpoint, entry, recipe.serve, model=checkpoints[checkpoint], holdout=asked

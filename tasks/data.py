@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from tasks.caching import Ref, Run
+from tasks.over_dask import mapper_over_dask
 from vlmcore.artifacts import BuildContext
 from vlmcore.recipe.schema import Dataset, Evaluate
 
@@ -92,7 +93,14 @@ def shards(run: Run, name: str, dataset: Dataset, *, raw: Ref) -> Ref:
         from data_prep.convert import convert
 
         assert raw is not None
-        report = convert(raw.path, context.path, dataset, work_dir=context.scratch / "shards")
+        cluster = dataset.dask_scheduler
+        report = convert(
+            raw.path,
+            context.path,
+            dataset,
+            work_dir=context.scratch / "shards",
+            run=mapper_over_dask(cluster) if cluster else None,
+        )
         counts = asdict(report)
         return {key: counts[key] for key in ("num_rows", "samples", "num_images", "dropped")}
 

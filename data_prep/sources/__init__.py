@@ -82,6 +82,7 @@ def fingerprint(source: str, *, wanted: Wanted = Wanted()) -> str:  # noqa: B008
     """
     scheme, location = _split(source)
     if scheme == "builtin":
+        wanted.refuse("revision", "include", source=source)
         return f"builtin:{builtin.fingerprint(location)}"
     return f"{scheme}:{SOURCES[scheme].fingerprint(location, wanted=wanted)}"
 

@@ -5,8 +5,10 @@ second names of files that came before them, so that none is ever followed. Size
 bytes are written, whatever the headers promise.
 """
 
+import bz2
 import errno
 import filecmp
+import gzip
 import lzma
 import os
 import posixpath
@@ -20,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO
@@ -30,6 +33,10 @@ from vlmcore.errors import DataError
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _CHUNK_BYTES = 1 << 20
 _MAX_LINK_BYTES = 4096
+_MAX_TAIL_CHUNKS = 16  # behind a tar's end marker is padding, some kB of zeros
+_COMPRESSIONS: dict[bytes, Callable] = {
+    b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open,
+}  # fmt: skip
 # What zipfile, tarfile and the decompressors raise on damaged bytes (gzip's is an OSError).
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, struct.error,
@@ -50,9 +57,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def settle(
-    files: Mapping[str, Path], dest: Path, *, scratch: Path, limits: Limits = LIMITS
-) -> None:
+def settle(files: Mapping[str, Path], dest: Path, *, scratch: Path) -> None:
     """Bring the files to their names in `dest`: those in `scratch` as links, others as copies.
 
     Archives are unpacked into the folder that they lie in, and are not kept.
@@ -73,7 +78,7 @@ def settle(
         else:
             shutil.copyfile(file, target)
     for file, folder in archives:  # last: a member never takes a file's place
-        unpack(file, folder, limits=limits)
+        unpack(file, folder)
 
 
 def is_archive(file: Path) -> bool:
@@ -226,7 +231,7 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 link = file.read(info).decode()
                 yield _Member(name, link=posixpath.join(posixpath.dirname(name), link))
             elif kind in (0, stat.S_IFREG):
-                yield _Member(name, open=lambda info=info: file.open(info))
+                yield _Member(name, open=partial(file.open, info))
             else:
                 yield _Member(name, refused="is neither a file nor a folder")
 
@@ -245,7 +250,10 @@ class _StrictInfo(tarfile.TarInfo):
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
-    with tarfile.open(archive, "r|*", tarinfo=_StrictInfo) as tar:
+    with (
+        _decompressed(archive) as stream,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictInfo) as tar,
+    ):
         for info in tar:
             tar.members.clear()  # tarfile keeps every member that it has seen
             if info.isdir():
@@ -256,6 +264,21 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
             elif info.islnk():
                 yield _Member(info.name, link=info.linkname)
             elif info.isreg():
-                yield _Member(info.name, open=lambda info=info: tar.extractfile(info))
+                yield _Member(info.name, open=partial(tar.extractfile, info))
             else:
                 yield _Member(info.name, refused="is neither a file nor a folder")
+        # checksums stand at the very end, where tarfile does not come
+        for _ in range(_MAX_TAIL_CHUNKS):
+            if not stream.read(_CHUNK_BYTES):
+                return
+        raise tarfile.ReadError("it goes on behind its end")
+
+
+def _decompressed(archive: Path) -> IO[bytes]:
+    """What is in a compressed file, told by its first bytes; any other file as it is."""
+    with archive.open("rb") as file:
+        head = file.read(6)
+    for magic, opened in _COMPRESSIONS.items():
+        if head.startswith(magic):
+            return opened(archive)
+    return archive.open("rb")

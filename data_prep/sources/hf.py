@@ -9,14 +9,13 @@ huggingface_hub#4228), and because it checks sizes alone.
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.sources.http import Download, download, sha256_check, unreachable
-from data_prep.sources.wanted import PLAN_TIMEOUT_S, UnreachableError, Wanted
+from data_prep.sources.wanted import PLAN_TIMEOUT_S, UnreachableError, Wanted, fetch_all
 from data_prep.tables import README
 from vlmcore.errors import DataError
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-NUM_CONNECTIONS = 8
 
 
 def fingerprint(location: str, *, wanted: Wanted) -> str:
@@ -38,7 +36,10 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
         return f"{location}@{wanted.revision}"
     with _explained(location, wanted.revision):
         info = _api().repo_info(
-            **_repository(location), revision=wanted.revision, timeout=PLAN_TIMEOUT_S
+            **repository(location),
+            revision=wanted.revision,
+            timeout=PLAN_TIMEOUT_S,
+            expand=["sha"],  # not the names of all its files
         )
     return f"{location}@{info.sha}"
 
@@ -54,7 +55,7 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
     fetch: Callable[[str], Path]
     try:
         with _explained(location, commit):
-            tree = _api().list_repo_tree(**_repository(location), revision=commit, recursive=True)
+            tree = _api().list_repo_tree(**repository(location), revision=commit, recursive=True)
             entries = {one.path: one for one in tree if hasattr(one, "blob_id")}
         fetch, names = partial(_fetch, location, commit, entries, scratch), sorted(entries)
     except UnreachableError:
@@ -68,12 +69,7 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
         where=f"hf:{location}",
         read_readme=lambda: fetch(README).read_text(encoding="utf-8", errors="replace"),
     )
-    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-        try:
-            return dict(zip(names, pool.map(fetch, names), strict=True))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return fetch_all(names, fetch)
 
 
 def _fetch(
@@ -85,7 +81,7 @@ def _fetch(
     entry = entries[name]
     target = scratch / commit / name
     wanted = Download(
-        hf_hub_url(**_repository(location), filename=name, revision=commit),
+        hf_hub_url(**repository(location), filename=name, revision=commit),
         build_hf_headers(),
         size=entry.size,
         check=sha256_check(entry.lfs.sha256) if entry.lfs else _blob_check(entry.blob_id),
@@ -101,7 +97,7 @@ def _cached(location: str, commit: str) -> Path | None:
 
     try:
         return Path(
-            snapshot_download(**_repository(location), revision=commit, local_files_only=True)
+            snapshot_download(**repository(location), revision=commit, local_files_only=True)
         )
     except LocalEntryNotFoundError:
         return None
@@ -118,7 +114,8 @@ def _blob_check(expected: str) -> Callable[[Path], str | None]:
     return check
 
 
-def _repository(location: str) -> dict[str, Any]:
+def repository(location: str) -> dict[str, Any]:
+    """What a client calls the repository that stands behind the colon."""
     kind, slash, name = location.partition("/")
     if slash and kind in ("datasets", "models"):
         return {"repo_id": name, "repo_type": kind.removesuffix("s")}

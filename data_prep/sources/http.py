@@ -51,7 +51,7 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
         UnreachableError: the server does not answer.
         DataError: it has no such file.
     """
-    _refuse_parts(location, wanted)
+    wanted.refuse("revision", "include", source=location)
     url, sha256 = split_sha256(location)
     if sha256:
         return f"sha256={sha256}"
@@ -225,11 +225,6 @@ def _total(response: "httpx.Response") -> int | None:
     if response.status_code != 206:
         size = response.headers.get("Content-Length", "")
     return int(size) if size.isdigit() else None
-
-
-def _refuse_parts(location: str, wanted: Wanted) -> None:
-    if wanted.revision:
-        raise DataError(f"{location} has no revisions, found {wanted.revision}. Leave it out.")
 
 
 def _size(path: Path) -> int:

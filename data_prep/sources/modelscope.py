@@ -8,14 +8,13 @@ for, so the listing itself, which holds every file's sha256, is what is pinned.
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from data_prep.sources.hf import COMMIT, NUM_CONNECTIONS
+from data_prep.sources.hf import COMMIT, repository
 from data_prep.sources.http import unreachable
-from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted
+from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted, fetch_all
 from data_prep.tables import README
 from vlmcore.errors import DataError, MissingExtraError
 
@@ -53,7 +52,7 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
     def fetch(name: str) -> Path:
         with _explained(location, wanted.revision):
             return _api().download_file(
-                **_repository(location),
+                **repository(location),
                 file_path=name,
                 revision=wanted.revision or DEFAULT_REVISION,
                 local_dir=scratch / pin,
@@ -66,19 +65,14 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
         where=f"modelscope:{location}",
         read_readme=lambda: fetch(README).read_text(encoding="utf-8", errors="replace"),
     )
-    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-        try:
-            return dict(zip(names, pool.map(fetch, names), strict=True))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    return fetch_all(names, fetch)
 
 
 def _list(location: str, revision: str | None) -> list["FileInfo"]:
     with _explained(location, revision):
         _check_reachable()
         found = _api().list_repo_files(
-            **_repository(location), revision=revision or DEFAULT_REVISION
+            **repository(location), revision=revision or DEFAULT_REVISION
         )
     return [one for one in found if one.type != "tree"]
 
@@ -86,13 +80,6 @@ def _list(location: str, revision: str | None) -> list["FileInfo"]:
 def _digest(files: list["FileInfo"]) -> str:
     listing = sorted((one.path, one.size, one.sha256) for one in files)
     return "listing-" + hashlib.sha256(repr(listing).encode()).hexdigest()[:40]
-
-
-def _repository(location: str) -> dict[str, Any]:
-    kind, slash, name = location.partition("/")
-    if slash and kind in ("datasets", "models"):
-        return {"repo_id": name, "repo_type": kind.removesuffix("s")}
-    return {"repo_id": location, "repo_type": "dataset"}
 
 
 def _check_reachable() -> None:

@@ -36,9 +36,8 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
 
 def _files(location: str, wanted: Wanted) -> dict[str, Path]:
     """Name inside the dataset → file on this machine, sorted by name."""
+    wanted.refuse("revision", source=f"path:{location}")
     root = Path(location).expanduser()
-    if wanted.revision:
-        raise DataError(f"path:{location} has no revisions, found {wanted.revision}. Leave it out.")
     if root.is_dir():
         found = {file.relative_to(root).as_posix(): file for file in root.rglob("*")}
     elif root.is_file():

@@ -7,18 +7,16 @@ import hashlib
 import posixpath
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_prep.sources.http import sha256_check, split_sha256, unreachable
-from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted
+from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted, fetch_all
 from data_prep.tables import README
 from vlmcore.errors import DataError, MissingExtraError
 
-NUM_CONNECTIONS = 8
 _CHUNK_BYTES = 8 << 20
 # What filesystems call the version of an object's content, the surest first.
 _VERSIONS = ("ETag", "etag", "md5Hash", "md5", "crc32c", "LastModified", "mtime", "created")
@@ -45,8 +43,7 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
         UnreachableError: the store does not answer.
         DataError: nothing is there, or it may not be read.
     """
-    if wanted.revision:
-        raise DataError(f"{location} has no revisions, found {wanted.revision}. Leave it out.")
+    wanted.refuse("revision", source=location)
     return _digest(_list(split_sha256(location)[0]))
 
 
@@ -69,8 +66,7 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
     )
     if sha256 and len(names) > 1:
         raise DataError(f"{url} is {len(names)} objects: #sha256= is for a single one.")
-    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-        found = dict(zip(names, pool.map(fetch, names), strict=True))
+    found = fetch_all(names, fetch)
     for path in found.values():
         if sha256 and (flaw := sha256_check(sha256)(path)):
             path.unlink()

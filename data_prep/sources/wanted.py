@@ -1,12 +1,15 @@
 """What of a source is wanted, and the files of it that this makes necessary."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from data_prep.tables import README, choose_tables, superfluous_tables
 from vlmcore.errors import DataError
 
+NUM_CONNECTIONS = 8
 PLAN_TIMEOUT_S = 10.0  # what a plan waits for a host that does not answer
 
 
@@ -22,6 +25,12 @@ class Wanted:
     subset: str | None = None
     split: str | None = None
     include: tuple[str, ...] = ()
+
+    def refuse(self, *fields: str, source: str) -> None:
+        """Raise a DataError if a field is set that a source cannot heed."""
+        given = [field for field in fields if getattr(self, field)]
+        if given:
+            raise DataError(f"{source} has no {' and no '.join(given)} to choose by: leave it out.")
 
     def choose(
         self, names: Sequence[str], *, where: str, read_readme: Callable[[], str]
@@ -43,8 +52,10 @@ class Wanted:
                 f"{where}: none of its {len(names)} files is wanted. Check `include`: "
                 f"{', '.join(self.include) or 'empty'}."
             )
+        # a tar may be a table or an archive: told when it has come, unless the recipe says
+        told = bool(self.subset or self.split)
         chosen = choose_tables(
-            [name for name in here if not name.endswith(".tar")],  # a table or an archive: later
+            [name for name in here if told or not name.endswith(".tar")],
             where=where,
             readme=read_readme() if README in here else "",
             subset=self.subset,
@@ -52,3 +63,13 @@ class Wanted:
         )
         unwanted = superfluous_tables(here, chosen)
         return [name for name in here if name not in unwanted]
+
+
+def fetch_all(names: Sequence[str], fetch: Callable[[str], Path]) -> dict[str, Path]:
+    """Name → file, several fetched at once; the first error ends all that has not begun."""
+    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+        try:
+            return dict(zip(names, pool.map(fetch, names), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

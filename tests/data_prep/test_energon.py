@@ -1,4 +1,6 @@
 import json
+import sqlite3
+from itertools import islice
 
 import pytest
 from megatron.energon import (
@@ -14,6 +16,7 @@ from megatron.energon import (
     stateless,
 )
 
+from data_prep.blend import write_blend
 from data_prep.energon import prepare
 from data_prep.shards import write_shards
 from data_prep.sources import fetch
@@ -150,3 +153,73 @@ def test_a_count_that_differs_from_what_was_written_is_an_error(numbers, tmp_pat
     report.write_text(report.read_text().replace('"val": 6', '"val": 7'))
     with pytest.raises(DataError, match="finds 6 samples in split val, 7 were written"):
         prepare(tmp_path / "shards", tmp_path / "energon")
+
+
+def test_sizes_and_durations_are_in_the_index(make_raw, row, make_video, tmp_path):
+    clip = row("<video>What?", images=())
+    raw = make_raw(train=[row(), {**clip, "videos": ["clip.mp4"]}])
+    (raw / "clip.mp4").write_bytes(make_video(num_frames=30, fps=10))
+    write_shards(raw, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "energon")
+    with sqlite3.connect(tmp_path / "energon" / ".nv-meta" / "index.sqlite") as index:
+        found = dict(index.execute("SELECT entry_key, metadata_json FROM media_metadata"))
+    image = json.loads(found["train-000001.0.png"])
+    assert image == {"width": 40, "height": 30, "format": "PNG", "mode": "RGB"}
+    video = json.loads(found["train-000002.v0.mp4"])
+    assert (video["video_width"], video["video_height"], video["video_num_frames"]) == (64, 48, 30)
+    assert video["video_duration"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("sample_type", ["vqa", "captioning"])
+def test_energons_own_sample_types_read_the_same_shards(sample_type, make_raw, row, tmp_path):
+    raw = make_raw(train=[row(), row(images=["images/b.jpg"], answer="Another.")])
+    write_shards(raw, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "energon", sample_type=sample_type)
+    loaded = get_val_dataset(
+        tmp_path / "energon",
+        split_part="train",
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=None,
+        task_encoder=DefaultTaskEncoder(raw_batch_type=list),
+    )
+    first, second = get_loader(loaded)
+    assert first.image.shape == (3, 30, 40)
+    assert second.image.shape == (3, 48, 64)
+    if sample_type == "vqa":
+        assert (first.context, first.answers) == ("What is it?", ["A gradient."])
+    else:
+        assert [first.caption, second.caption] == ["A gradient.", "Another."]
+
+
+def test_a_folder_of_shards_is_prepared_in_place_and_again(numbers, tmp_path, tree_digest):
+    write_shards(numbers, tmp_path / "shards", max_bad_ratio=0, num_workers=1)
+    prepare(tmp_path / "shards", tmp_path / "shards")
+    first = tree_digest(tmp_path / "shards")
+    prepare(tmp_path / "shards", tmp_path / "shards")
+    assert tree_digest(tmp_path / "shards") == first
+    assert len(read_split(tmp_path / "shards", "val")) == 6
+
+
+def test_a_blend_draws_by_weight_whatever_the_sizes(make_raw, row, tmp_path):
+    weights = {}
+    for name, size, weight in (("small", 10, 3.0), ("large", 200, 1.0)):
+        raw = tmp_path / f"{name}_raw"
+        raw.mkdir()
+        lines = [json.dumps(row(f"{name}?", images=())) for _ in range(size)]
+        (raw / "train.jsonl").write_text("\n".join(lines))
+        (raw / "val.jsonl").write_text("\n".join(lines[:5]))
+        write_shards(raw, tmp_path / name / "shards", max_bad_ratio=0, num_workers=1)
+        prepare(tmp_path / name / "shards", tmp_path / name / "energon")
+        weights[tmp_path / name / "energon"] = weight
+    write_blend(tmp_path / "blend.yaml", weights)
+    loaded = get_train_dataset(
+        tmp_path / "blend.yaml",
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
+        batch_size=None,
+        shuffle_buffer_size=None,
+        max_samples_per_sequence=None,
+        task_encoder=RawEncoder(),
+    )
+    drawn = [one.messages[0]["content"] for one in islice(get_loader(loaded), 2000)]
+    assert drawn.count("small?") / len(drawn) == pytest.approx(0.75, abs=0.04)
+    assert len(read_split(tmp_path / "blend.yaml", "val")) == 10

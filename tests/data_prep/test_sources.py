@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.sources import fetch, fingerprint, handwritten_numbers
+from data_prep.sources import Wanted, fetch, fingerprint, handwritten_numbers
 from vlmcore.errors import DataError
+from vlmcore.recipe.schema import Dataset
 
 SMALL = {"train": 5, "val": 2, "test": 3}
 
@@ -123,3 +124,39 @@ def test_importing_the_sources_loads_neither_scikit_learn_nor_torch():
     code = "import sys, data_prep.sources, data_prep.shards, data_prep.energon, data_prep.holdout\n"
     code += "sys.exit(bool({'sklearn', 'torch', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_json_table_brings_the_images_that_its_rows_name(make_raw, tmp_path):
+    raw = make_raw(train=[])
+    rows = [{"image": "images/a.png", "conversations": []}, {"image": "../b.png"}, "no row", {}]
+    (raw / "chats.json").write_text(json.dumps(rows))
+    fetch(f"path:{raw / 'chats.json'}", tmp_path / "fetched", options={}, seed=0)
+    found = {path.name for path in (tmp_path / "fetched").rglob("*") if path.is_file()}
+    assert found == {"chats.json", "a.png"}
+
+
+def test_include_chooses_among_the_files_of_a_folder(make_raw, row, tmp_path):
+    raw = make_raw(train=[row()], test=[row()])
+    wanted = Wanted(include=("test.jsonl", "images/*.png"))
+    fetch(f"path:{raw}", tmp_path / "fetched", options={}, seed=0, wanted=wanted)
+    found = {path.name for path in (tmp_path / "fetched").rglob("*") if path.is_file()}
+    assert found == {"test.jsonl", "a.png"}
+    assert fingerprint(f"path:{raw}", wanted=wanted) != fingerprint(f"path:{raw}")
+
+
+@pytest.mark.parametrize("source", ["builtin:written_numbers", "https://host/a.zip"])
+def test_what_a_source_cannot_heed_is_refused(source):
+    with pytest.raises(DataError, match="has no revision and no include to choose by"):
+        fingerprint(source, wanted=Wanted(revision="v1", include=("*",)))
+
+
+def test_a_number_behind_the_source_is_its_limit():
+    dataset = Dataset(source="hf:me/numbers#5000")
+    assert (dataset.source, dataset.limit) == ("hf:me/numbers", 5000)
+    web = "https://host/a.zip#sha256=" + 64 * "0"
+    assert (Dataset(source=web).source, Dataset(source=web).limit) == (web, None)
+    assert Dataset(source=f"{web}#7").limit == 7
+    with pytest.raises(ValueError, match="limit: 3, but the source says #5; leave one of them out"):
+        Dataset(source="hf:me/numbers#5", limit=3)
+    with pytest.raises(ValueError, match="greater than 0"):
+        Dataset(source="hf:me/numbers#0")

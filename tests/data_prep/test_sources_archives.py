@@ -197,6 +197,8 @@ def test_flipped_bytes_give_the_content_or_a_named_fault(data, suffix, tmp_path_
         unpack(archive, folder / "out")
     except DataError as error:
         assert archive.name in str(error)
+    else:  # a plain tar has checksums of its headers alone
+        assert suffix == ".tar" or tree(folder / "out") == CONTENT
     for path in folder.rglob("*"):
         inside = path.is_relative_to(folder / "out") or path == archive
         assert inside and not path.is_symlink()

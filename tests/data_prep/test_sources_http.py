@@ -209,7 +209,7 @@ def test_any_url_of_fsspec_is_a_source(tmp_path):
     assert get(f"{source}#sha256={SHA256}", tmp_path / "b") == {"a.bin": ROWS}
     with pytest.raises(DataError, match=f"sha256 is {SHA256}, expected 1111"):
         get(f"{source}#sha256={'1' * 64}", tmp_path / "c")
-    with pytest.raises(DataError, match="has no revisions, found v1"):
+    with pytest.raises(DataError, match="has no revision to choose by"):
         fingerprint(source, wanted=Wanted(revision="v1"))
 
 

@@ -14,7 +14,7 @@ import pytest
 from data_prep.sources import UnreachableError, Wanted, fetch, fingerprint, http
 from data_prep.tables import find_tables
 from tests.tiny.hubs import serve_hubs
-from vlmcore.errors import DataError
+from vlmcore.errors import DataError, MissingExtraError
 
 PICTURE = random.Random(0).randbytes(5000)  # large enough for LFS
 FILES = {
@@ -190,6 +190,24 @@ def test_a_killed_fetch_goes_on_with_the_bytes_that_it_had(hubs, tmp_path):
     assert hubs.bodies("big.bin")[-1][2] == f"bytes={size}-"
 
 
+def test_what_was_downloaded_is_not_downloaded_again_by_a_fetch_that_was_killed_later(
+    hubs, tmp_path
+):
+    hubs.add_repository("me/numbers", FILES)
+    get("hf:me/numbers", tmp_path / "killed", scratch=tmp_path / "scratch")
+    hubs.requests.clear()
+    assert get("hf:me/numbers", tmp_path / "raw", scratch=tmp_path / "scratch")["test.jsonl"]
+    assert not [one for one in hubs.requests if "resolve" in one[1]]
+
+
+def test_tar_shards_of_another_subset_stay_at_the_hub(hubs, tmp_path):
+    hubs.add_repository("me/tars", {f"{s}/train-{n}.tar": b"" for s in "ab" for n in range(2)})
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(DataError, match="train-0.tar.*is damaged"):  # empty: but only b's come
+        get("hf:me/tars", tmp_path / "raw", wanted=Wanted(subset="b"))
+    assert {one[1].split("/")[-2] for one in hubs.bodies(".tar")} == {"b"}
+
+
 def test_private_gated_and_unknown_repositories_say_what_to_do(hubs, tmp_path, monkeypatch):
     hubs.add_repository("me/numbers", FILES)
     repository = hubs.repositories["datasets/me/numbers"]
@@ -218,6 +236,12 @@ def test_modelscope_tells_an_unknown_repository_from_a_private_one(hubs, tmp_pat
         fingerprint("modelscope:me/numbers")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
     assert get("modelscope:me/numbers", tmp_path / "raw")["images/a.png"] == PICTURE
+
+
+def test_a_missing_client_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(MissingExtraError, match="pip install modelscope-hub"):
+        fingerprint("modelscope:me/numbers")
 
 
 @pytest.mark.parametrize("source", SOURCES)

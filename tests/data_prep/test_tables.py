@@ -2,7 +2,6 @@
 
 import pytest
 
-from data_prep.selection import select_rows
 from data_prep.tables import choose_tables, find_tables, superfluous_tables
 from vlmcore.errors import DataError
 
@@ -51,6 +50,7 @@ MMMU = [f"{s}/{p}-00000-of-00001.parquet" for s in ("Art", "Math") for p in ("de
         (["train.jsonl", "val.json", "x.parquet", "0.tar"], {"train": ["train.jsonl"]}),
         (["testmini-0-of-1.parquet", "test-0-of-1.parquet"], {"test": ["test-0-of-1.parquet"]}),
         (["images.zip", "notes.txt"], {}),
+        (["chats.json", "MANIFEST.json"], {"train": ["chats.json"]}),  # a fetched artifact
     ],
 )
 def test_layouts_are_understood(names, expected):
@@ -85,11 +85,11 @@ configs:
     path: [main/te-1*, main/te-2*]
 - config_name: socratic
   data_dir: soc
-  data_files: "*.parquet"
+  data_files: "**/z.parquet"
 ---
 # A dataset
 """
-DECLARED = ["main/tr-1.parquet", "main/te-1.parquet", "main/te-2.parquet", "soc/z.parquet"]
+DECLARED = ["main/tr-1.parquet", "main/te-1.parquet", "main/te-2.parquet", "soc/a/b/z.parquet"]
 
 
 def test_the_readme_says_which_files_are_meant():
@@ -97,6 +97,8 @@ def test_the_readme_says_which_files_are_meant():
     assert choose(*DECLARED, readme=README) == main
     assert choose(*DECLARED, readme=README, subset="main") == main
     assert choose(*DECLARED, readme=README, subset="socratic") == {"train": DECLARED[3:]}
+    deeper = [*DECLARED, "main/tr-old/x.parquet"]  # `*` is within a folder
+    assert choose(*deeper, readme=README) == main
     assert choose("train.jsonl", readme="---\nconfigs: [{\n---\n") == {"train": ["train.jsonl"]}
 
 
@@ -133,7 +135,7 @@ def test_the_other_tables_of_the_chosen_kind_are_superfluous():
 
 def test_a_folder_is_read_with_its_readme(tmp_path):
     for name in DECLARED:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "README.md").write_text(README)
     found = find_tables(tmp_path, split="test")
@@ -141,18 +143,3 @@ def test_a_folder_is_read_with_its_readme(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no table of rows there. Expected a file .jsonl, .parquet"):
         find_tables(tmp_path / "empty")
-
-
-def test_limit_takes_the_first_rows_and_sample_draws_among_them():
-    take = {"limit": None, "sample": None, "seed": 0, "split": "train"}
-    assert list(select_rows(5, **take)) == [0, 1, 2, 3, 4]
-    assert list(select_rows(5, **take | {"limit": 3})) == [0, 1, 2]
-    assert list(select_rows(5, **take | {"limit": 9, "sample": 9})) == [0, 1, 2, 3, 4]
-    drawn = select_rows(1000, **take | {"limit": 500, "sample": 100})
-    assert len(set(drawn)) == 100 and list(drawn) == sorted(drawn) and max(drawn) < 500
-    more = select_rows(1000, **take | {"limit": 500, "sample": 200})
-    assert set(drawn) < set(more)
-    # drawn anew by seed and by split, and the same on every machine
-    assert drawn != select_rows(1000, **take | {"limit": 500, "sample": 100, "seed": 1})
-    assert drawn != select_rows(1000, **take | {"limit": 500, "sample": 100, "split": "val"})
-    assert select_rows(20, **take | {"sample": 4}) == [0, 3, 11, 18]

@@ -5,7 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from flows import convert_command
+from tests.tiny.adapters import save_adapter
 
 WEIGHTS = "model.safetensors"
 
@@ -35,6 +40,32 @@ def test_there_and_back_with_the_check(tiny_model: Callable[..., Path], tmp_path
     assert again.returncode == 2
     assert f"{hf} is already there" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow
+def test_logits_past_the_tolerance_end_with_1_and_name_the_layer(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_command, "TOLERANCE", 1e-9)  # less than fp32 at TP 2 can give
+    arguments = [str(tiny_model("qwen3")), str(tmp_path / "mcore"), "--check", "--tp", "2"]
+    done = CliRunner().invoke(convert_command.convert_app, ["to-mcore", *arguments])
+    assert done.exit_code == 1
+    said = " ".join(done.stderr.split())
+    assert "failed tp2, text: largest logit difference" in said
+    assert "first apart at" in said
+
+
+def test_a_merged_adapter_changes_the_tensors_it_names_and_no_other(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, merged = tiny_model("qwen3"), tmp_path / "merged"
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    done = vlmflow("merge-lora", base, adapter, merged, "--json")
+    assert done.returncode == 0, done.stderr
+    before, after = load_file(base / WEIGHTS), load_file(merged / WEIGHTS)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {key for key in before if "q_proj" in key}
+    assert json.loads(done.stdout) == {"keys_written": len(before), "merged": sorted(changed)}
 
 
 def test_a_damaged_source_is_a_sentence_and_not_a_traceback(

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from vlmcore.artifacts import Store
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]
 
 RECIPE = "handwritten_numbers"
@@ -71,8 +73,6 @@ def ran(result: dict) -> list[str]:
 
 
 def losses(store: Path) -> list[float]:
-    from vlmcore.artifacts import Store
-
     opened = Store(store)
     folder = opened.ref(opened.resolve("train.full")).path
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().split("\n")
@@ -128,6 +128,20 @@ def test_refresh_runs_one_stage_and_nothing_after_it_when_its_digest_stays(store
 def test_another_value_reruns_from_there(store):
     again = run(store, "--until", "train.full", train__full__learning_rate="5e-4")
     assert ran(again) == ["train.full"]
+
+
+def test_training_on_the_fly_gives_the_same_weights_without_a_megatron_checkpoint(store):
+    weights = {}
+    for convert in ("false", "true"):
+        run(store, "--until", "export.align", convert__on_the_fly=convert)
+        opened = Store(store)
+        folder = opened.ref(opened.resolve("export.align")).path
+        weights[convert] = (folder / "model.safetensors").read_bytes()
+        assert (folder / "precision.json").is_file()
+    trained = opened.ref(opened.resolve("train.align")).path
+    assert not (trained / "checkpoint").exists()
+    assert (trained / "model.safetensors").is_file()
+    assert weights["true"] == weights["false"]
 
 
 def test_from_refuses_to_build_what_comes_before_it(tmp_path):

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 
 from tests.tiny.forms import as_hub
 from vlmcore.training.launch import launch
+from vlmcore.weights.boxes import overlap
 from vlmcore.weights.convert import to_mcore
-from vlmcore.weights.global_tensors import HFGlobalTensors, overlap
+from vlmcore.weights.global_tensors import HFGlobalTensors
 
 FOUR_LAYERS = {"num_hidden_layers": 4}  # divisible over two stages
 CASES = {

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.tiny.forms import as_hub
 from tests.weights.checkpoints import Tensors, edit, load
 from vlmcore.errors import WeightError
 from vlmcore.training.launch import launch
 from vlmcore.weights.architecture import check_against_architecture
 from vlmcore.weights.convert import CHECKPOINT, REPORT, SIDECAR, to_hf, to_mcore
 from vlmcore.weights.safetensors_io import tensor_bytes
-from vlmcore.weights.sidecar import PUBLISHED
 
 WEIGHTS = "model.safetensors"
 
@@ -165,7 +165,7 @@ def test_reports_and_manifests_of_the_source_stay_behind(
     to_mcore(source, tmp_path / "mcore")
     copied = {path.name for path in (tmp_path / "mcore" / "hf").iterdir()}
     kept = {path.name for path in tiny_model("qwen3_vl").iterdir() if path.suffix != ".safetensors"}
-    assert copied == kept | {PUBLISHED}
+    assert copied == kept
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -205,6 +205,21 @@ def test_the_reports_of_both_directions_name_the_same_digests(
     assert there["boxes"] == {
         label: sha256(stored[label.split("[")[0]][box_of(label)]) for label in there["boxes"]
     }
+
+
+@pytest.mark.parametrize("written_by", ["to_mcore", "torch"])
+def test_fused_experts_go_there_and_back_whoever_stored_them(
+    written_by: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As they come from the hub, input dimension first: stored as they are by us, not by torch."""
+    source = as_hub(tiny_model("qwen3_vl_moe"), tmp_path / "source")
+    there = to_mcore(source, tmp_path / "mcore")
+    experts = {key: digest for key, digest in there["tensors"].items() if ".experts." in key}
+    assert set(experts.values()) <= set(there["boxes"].values())
+    if written_by == "torch":
+        edit(tmp_path / "mcore" / CHECKPOINT, lambda tensors: None)
+    back = to_hf(tmp_path / "mcore", tmp_path / "hf")
+    assert there["tensors"] == back["tensors"]
 
 
 def sha256(tensor: torch.Tensor) -> str:
@@ -279,18 +294,3 @@ def test_nothing_is_written_over(mcore_dir: Path, tiny_model: Callable[..., Path
     with pytest.raises(WeightError, match="is already there; remove it or choose another"):
         to_mcore(tiny_model("qwen3_vl"), mcore_dir)
     assert content(mcore_dir) == before
-
-
-def test_recorded_shapes_are_trusted_only_with_their_config(
-    mcore_dir: Path, tmp_path: Path
-) -> None:
-    record = mcore_dir / SIDECAR / PUBLISHED
-    recorded = json.loads(record.read_text())
-    recorded["shapes"].pop("lm_head.weight")
-    record.write_text(json.dumps(recorded))
-    with pytest.raises(WeightError, match="lm_head"):
-        to_hf(mcore_dir, tmp_path / "trusted")
-    config = mcore_dir / SIDECAR / "config.json"
-    config.write_text(config.read_text() + "\n")
-    to_hf(mcore_dir, tmp_path / "hf")
-    assert not (tmp_path / "hf" / PUBLISHED).exists()

@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from tests.weights.checkpoints import load
 from vlmcore.errors import WeightError
-from vlmcore.weights import torch_dist
-from vlmcore.weights.archives import archive_ends, open_archive
+from vlmcore.weights import layout
+from vlmcore.weights.archives import archive_ends, contiguous, open_archive
+from vlmcore.weights.layout import Box, place_boxes, write_metadata
 from vlmcore.weights.safetensors_io import tensor_bytes
-from vlmcore.weights.torch_dist import Box, BoxReader, place_boxes, read_checkpoint, write_metadata
+from vlmcore.weights.torch_dist import BoxReader, read_checkpoint
 
 SHAPES = [(), (0,), (7,), (1, 3, 5), (2, 3, 4, 5)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +42,7 @@ def name_of(dtype: torch.dtype) -> str:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_loads_the_archives_we_write(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = numbered(shape, dtype)
-    head, tail = archive_ends(name_of(dtype), shape)
+    head, tail = archive_ends(name_of(dtype), shape, contiguous(shape))
     found = torch.load(io.BytesIO(head + bytes(tensor_bytes(tensor)) + tail), weights_only=True)
     assert found.dtype == dtype
     assert torch.equal(found, tensor)
@@ -62,7 +72,7 @@ def test_we_find_the_data_in_archives_that_torch_writes(tmp_path: Path, dtype: t
 
 def test_a_tensor_past_four_gigabytes_is_loaded(tmp_path: Path) -> None:
     shape = (1200, 1_000_000)
-    head, tail = archive_ends("float32", shape)
+    head, tail = archive_ends("float32", shape, contiguous(shape))
     with (tmp_path / "file").open("wb") as file:  # sparse: holds no data
         file.write(head)
         file.seek(4 * math.prod(shape), io.SEEK_CUR)
@@ -88,7 +98,7 @@ def write_tiles(folder: Path, tiles: list[tuple[int, int, int, int]]) -> None:
     placed = dict(zip(boxes, place_boxes(boxes), strict=True))
     for box, place in placed.items():
         (r, c), (h, w) = box.offset, box.shape
-        head, tail = archive_ends("float32", box.shape)
+        head, tail = box.archive_ends()
         with (folder / place.file).open("ab") as file:
             file.truncate(place.start)
         with (folder / place.file).open("ab") as file:
@@ -102,6 +112,43 @@ TILES = [(r, c, 2, 4) for r in (0, 2, 4) for c in (0, 4)]
 def test_torch_reads_the_checkpoints_we_write(tmp_path: Path) -> None:
     write_tiles(tmp_path / "c", TILES)
     assert torch.equal(load(tmp_path / "c")["w"], WHOLE)
+
+
+def test_the_metadata_is_what_torch_would_pickle(tmp_path: Path) -> None:
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    boxes = [Box(key, (2, 4, 4), (i, 0, 0), (1, 4, 4), "bfloat16") for i in range(2)]
+    placed = dict(zip(boxes, place_boxes(boxes), strict=True))
+    write_metadata(tmp_path, placed)
+    chunks = [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for box in boxes]
+    properties = TensorProperties(dtype=torch.bfloat16)
+    size = len((tmp_path / "__0_objects.distcp").read_bytes())
+    extras = [f"decoder.layers.mlp.linear_fc1._extra_state/shard_{i}_2" for i in range(2)]
+    expected = Metadata(
+        {key: TensorStorageMetadata(properties, torch.Size((2, 4, 4)), chunks)}
+        | dict.fromkeys(extras, BytesStorageMetadata()),
+        storage_data={
+            MetadataIndex(box.key, box.offset): _StorageInfo(*vars(place).values())
+            for box, place in placed.items()
+        }
+        | {MetadataIndex(extra): _StorageInfo("__0_objects.distcp", 0, size) for extra in extras},
+    )
+    assert pickle.loads((tmp_path / ".metadata").read_bytes()) == expected
+    assert torch.load(tmp_path / "__0_objects.distcp", weights_only=True) == [None]
+    assert torch.load(tmp_path / "common.pt", weights_only=True) == {}
+
+
+def test_a_box_stored_the_other_way_round_is_the_same_tensor(tmp_path: Path) -> None:
+    box = Box("w", (6, 8), (0, 0), (6, 8), "float32", swapped=True)
+    (place,) = place_boxes([box])
+    head, tail = box.archive_ends()
+    (tmp_path / place.file).write_bytes(head + bytes(tensor_bytes(WHOLE.T)) + tail)
+    write_metadata(tmp_path, {box: place})
+    assert torch.equal(load(tmp_path)["w"], WHOLE)
+    tensor, reader = read_checkpoint(tmp_path)["w"], BoxReader()
+    assert reader.is_swapped(tensor, (0, 0), (6, 8))
+    assert reader.read(tensor, (2, 3), (4, 5)).tobytes() == bytes(tensor_bytes(WHOLE[2:, 3:]))
+    found = reader.read(tensor, (3, 2), (5, 4), swapped=True)
+    assert found.tobytes() == bytes(tensor_bytes(WHOLE.T[3:, 2:]))
 
 
 def test_a_box_is_put_together_from_any_tiling(tmp_path: Path) -> None:
@@ -122,7 +169,7 @@ def test_a_box_without_a_chunk_is_refused(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_are_spread_over_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_dist, "MAX_FILE_BYTES", 3000)
+    monkeypatch.setattr(layout, "MAX_FILE_BYTES", 3000)
     boxes = [Box("w", (9, 100), (i, 0), (1, 100), "float32") for i in range(9)]
     places = place_boxes(boxes)
     assert [place.file for place in places] == [f"__0_{i // 2}.distcp" for i in range(9)]

@@ -28,7 +28,8 @@ from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
 from vlmcore.models.build import sharded_state_dict
 from vlmcore.weights.architecture import published_shapes
-from vlmcore.weights.global_tensors import HFGlobalTensors, overlap, window
+from vlmcore.weights.boxes import overlap, window
+from vlmcore.weights.global_tensors import HFGlobalTensors
 from vlmcore.weights.plan import Region, Unit, build_plan
 from vlmcore.weights.safetensors_io import parse_size, write_sharded
 

@@ -186,6 +186,11 @@ class Dataset(Section):
     num_workers: int = Operational(
         default=2, gt=0, description="Processes that write shards; does not change the result."
     )
+    dask_scheduler: str | None = Operational(
+        default=None,
+        description="Dask cluster whose workers write the shards, such as tcp://10.0.0.5:8786; "
+        "they see the store under the same path. Empty: this machine's processes.",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-import torch
 
 from vlmcore.errors import WeightError
 from vlmcore.families import Family, LanguageModel, family_of, read_config
@@ -18,9 +21,30 @@ Shape = tuple[int, ...]
 
 
 def architecture_shapes(model_dir: Path) -> dict[str, Shape]:
-    """Key → shape of every tensor that a model of this config holds in memory; nothing is
-    allocated. Tied tensors appear once.
-    """  # fmt: skip
+    """Key → shape of every tensor that a model of this config holds in memory; tied tensors once.
+
+    Transformers builds the model on the meta device, where nothing is allocated. Importing it takes
+    seconds, so the answer is kept under `$XDG_CACHE_HOME/vlmflow` for this very config and version.
+    """
+    text = (model_dir / "config.json").read_bytes()
+    version = importlib.metadata.version("transformers")
+    name = hashlib.sha256(text + version.encode()).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    kept = Path(root) / "vlmflow" / "architectures" / f"{name}.json"
+    try:
+        return {key: tuple(shape) for key, shape in json.loads(kept.read_text()).items()}
+    except (OSError, ValueError):  # not there, or not written whole
+        shapes = _built_shapes(model_dir)
+    with contextlib.suppress(OSError):  # a home that cannot be written costs seconds, no more
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(shapes))
+        partial.replace(kept)
+    return shapes
+
+
+def _built_shapes(model_dir: Path) -> dict[str, Shape]:
+    import torch
     import transformers
 
     family = family_of(read_config(model_dir))
@@ -106,7 +130,7 @@ def check_against_architecture(model_dir: Path) -> None:
         f"{name(key)} differs from {name(to)}, but the config says tie_word_embeddings: true; set "
         f"it to false to keep both"
         for key, to in repeated.items()
-        if to in found and not torch.equal(tensors.read(found[key]), tensors.read(found[to]))
+        if to in found and not tensors.read(found[key]).equal(tensors.read(found[to]))
     ]
     faults += [
         f"{name(key)}: shape {tensors[found[key]].shape}, expected {expected[key]}"

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vlmcore.weights import pickles
 from vlmcore.weights.dtypes import itemsize
 
 Shape = tuple[int, ...]
@@ -42,14 +43,16 @@ class StoredArray:
     start: int
 
 
-def archive_ends(dtype: str, shape: Shape) -> tuple[bytes, bytes]:
-    """What stands before and after the data of a contiguous tensor; the head is aligned."""
+def archive_ends(dtype: str, shape: Shape, stride: Shape) -> tuple[bytes, bytes]:
+    """What stands before and after a tensor's data; the head is aligned.
+
+    Args:
+        dtype: Torch name.
+        shape: Of the tensor.
+        stride: In elements; the data has no gaps.
+    """
     size = math.prod(shape) * itemsize(dtype)
-    records = {"data.pkl": _pickled(dtype, shape), "byteorder": b"little", "version": b"3\n"}
-    head, directory = b"", b""
-    for name, data in records.items():
-        directory += _central(name, data, len(head))
-        head += _local(name, zlib.crc32(data), len(data), len(data), b"") + data
+    head, directory = _records(_tensor(dtype, shape, stride))
     name, sizes = "data/0", struct.pack("<HHQQ", 1, 16, size, size)
     directory += _central(name, b"", len(head), sizes=sizes)
     bare = len(head) + len(_local(name, 0, 0, 0, sizes)) + 4
@@ -57,8 +60,32 @@ def archive_ends(dtype: str, shape: Shape) -> tuple[bytes, bytes]:
     extra = sizes + struct.pack("<HH", _PADDING, padding) + bytes(padding)
     head += _local(name, 0, _IN_ZIP64, _IN_ZIP64, extra)
     begin = len(head) + size
-    count = len(records) + 1
-    return head, directory + _end(count, begin, len(directory))
+    return head, directory + _end(4, begin, len(directory))
+
+
+def archive_of(item: bytes) -> bytes:
+    """The archive of an object without tensors.
+
+    Args:
+        item: As `pickles` writes it.
+    """
+    head, directory = _records(item)
+    return head + directory + _end(3, len(head), len(directory))
+
+
+def contiguous(shape: Shape) -> Shape:
+    """Strides of a tensor in its own order of dimensions, in elements."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _records(item: bytes) -> tuple[bytes, bytes]:
+    """The records that say what an archive holds, and their part of its directory."""
+    records = {"data.pkl": pickles.whole(item), "byteorder": b"little", "version": b"3\n"}
+    head, directory = b"", b""
+    for name, data in records.items():
+        directory += _central(name, data, len(head))
+        head += _local(name, zlib.crc32(data), len(data), len(data), b"") + data
+    return head, directory
 
 
 def _local(name: str, crc: int, packed: int, size: int, extra: bytes) -> bytes:
@@ -82,28 +109,18 @@ def _end(count: int, begin: int, size: int) -> bytes:
     return long + locator + short
 
 
-def _pickled(dtype: str, shape: Shape) -> bytes:
-    """`_rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())` in pickle opcodes."""
-    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    storage = _tuple(_text("storage"), f"ctorch\n{_STORAGES[dtype]}\n".encode(), _text("0"),
-                     _text("cpu"), _number(math.prod(shape)))  # fmt: skip
-    arguments = _tuple(
-        storage + b"Q", _number(0), _tuple(*map(_number, shape)), _tuple(*map(_number, stride)),
-        b"\x89", b"ccollections\nOrderedDict\n)R",
+def _tensor(dtype: str, shape: Shape, stride: Shape) -> bytes:
+    """`_rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())`."""
+    storage = pickles.sequence(
+        pickles.text("storage"), pickles.named("torch", _STORAGES[dtype]), pickles.text("0"),
+        pickles.text("cpu"), pickles.number(math.prod(shape)),
     )  # fmt: skip
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R."
-
-
-def _number(value: int) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]
-
-
-def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
-
-
-def _tuple(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
+    return pickles.call(
+        pickles.named("torch._utils", "_rebuild_tensor_v2"),
+        storage + b"Q",  # looked up by the loader
+        pickles.number(0), pickles.numbers(shape), pickles.numbers(stride), pickles.FALSE,
+        pickles.call(pickles.named("collections", "OrderedDict")),
+    )  # fmt: skip
 
 
 def open_archive(mapped: mmap.mmap, start: int, length: int) -> StoredArray:

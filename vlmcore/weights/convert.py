@@ -11,43 +11,33 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlmcore.errors import WeightError
 from vlmcore.families import Config, Family, family_of, read_config
+from vlmcore.weights.architecture import check_against_architecture, published_shapes
+from vlmcore.weights.boxes import VOCABULARY
 from vlmcore.weights.dtypes import FLOATS
+from vlmcore.weights.layout import Box, Place, place_boxes, write_metadata
 from vlmcore.weights.plan import Plan, Region, build_plan
 from vlmcore.weights.report import close_ledger, conversion_report
 from vlmcore.weights.safetensors_io import INDEX, SafetensorsFolder, TensorInfo, parse_size
 from vlmcore.weights.shards import Shard, plan_shards, shard_index
 from vlmcore.weights.sidecar import (
-    PUBLISHED,
     SIDECAR,
     copy_sidecar,
     leave_quantization_out,
-    published_shapes_of,
     record_dtype,
-    record_published_shapes,
 )
-from vlmcore.weights.torch_dist import (
-    Box,
-    GlobalTensor,
-    Place,
-    place_boxes,
-    read_checkpoint,
-    write_metadata,
-)
+from vlmcore.weights.torch_dist import GlobalTensor, read_checkpoint
 from vlmcore.weights.units import PackUnit, Task, UnpackUnit
 from vlmcore.weights.workers import Listener, move_units
 from vlmcore.weights.workfolder import WorkFolder, require_free, work_folder
 
 CHECKPOINT = "checkpoint"  # torch_dist folder inside a Megatron model folder
 REPORT = "conversion.json"
-VOCABULARY = (
-    "word_embeddings.weight",
-    "output_layer.weight",
-)  # first dimension, padded by Megatron
 
 Shape = tuple[int, ...]
 
@@ -107,16 +97,10 @@ def to_mcore(
     with work_folder(target, identity=identity, files=files) as work:
         copy_sidecar(source, work.path / SIDECAR)
         leave_quantization_out(work.path / SIDECAR / "config.json")
-
-        def check() -> None:
-            from vlmcore.weights.architecture import check_against_architecture
-
-            check_against_architecture(source)
-            record_published_shapes(work.path / SIDECAR)
-
         resumed = _move(
-            work, CHECKPOINT, tasks, check, num_processes=num_processes, on_progress=on_progress
-        )
+            work, CHECKPOINT, tasks, partial(check_against_architecture, source),
+            num_processes=num_processes, on_progress=on_progress,
+        )  # fmt: skip
         write_metadata(work.path / CHECKPOINT, {boxes[r]: placed[r] for r in plan.regions})
         scales = {key: info.scale.key for key, info in tensors.items() if info.scale}
         report = _report(
@@ -164,7 +148,7 @@ def to_hf(
     config = read_config(source / SIDECAR)
     family = family_of(config)
     stored = read_checkpoint(source / CHECKPOINT)
-    shapes = published_shapes_of(source / SIDECAR)
+    shapes = published_shapes(source / SIDECAR)
     plan = build_plan(family, config, shapes)
     _check_stored(source / CHECKPOINT, plan, stored)
     kept = {
@@ -198,7 +182,6 @@ def to_hf(
         )
         _write_headers(work.path, shards)
         copy_sidecar(source / SIDECAR, work.path)
-        (work.path / PUBLISHED).unlink(missing_ok=True)
         if dtype is not None:
             record_dtype(work.path / "config.json", dtype)
         report = _report(
@@ -216,8 +199,6 @@ def _plan(family: Family, config: Config, tensors: SafetensorsFolder) -> Plan:
     try:
         return build_plan(family, config, tensors.shapes)
     except WeightError:
-        from vlmcore.weights.architecture import check_against_architecture
-
         check_against_architecture(tensors.folder)
         raise
 
@@ -252,7 +233,7 @@ def _boxes(plan: Plan, tensors: SafetensorsFolder, dtype: str | None) -> dict[Re
     return {
         region: Box(
             region.mcore_key, region.global_shape, region.offset, region.shape,
-            dtype or tensors[region.sources[0].key].dtype_name,
+            dtype or tensors[region.sources[0].key].dtype_name, swapped=region.is_transpose,
         )
         for region in plan.regions
     }  # fmt: skip

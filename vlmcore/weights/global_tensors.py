@@ -14,11 +14,11 @@ from torch import Tensor
 from vlmcore.errors import WeightError
 from vlmcore.families import family_of, read_config
 from vlmcore.weights.architecture import check_against_architecture
+from vlmcore.weights.boxes import VOCABULARY, overlap, window
 from vlmcore.weights.plan import Plan, Region, Source, build_plan
 from vlmcore.weights.safetensors_io import SafetensorsFolder
 
 Shape = tuple[int, ...]
-VOCABULARY = ("word_embeddings.weight", "output_layer.weight")  # rows are padded by Megatron
 
 
 class HFGlobalTensors:
@@ -78,18 +78,3 @@ class HFGlobalTensors:
             return torch.Size(shape).numel()
         rows = min(offset[0] + shape[0], self._regions[key][0].global_shape[0]) - offset[0]
         return max(rows, 0) * torch.Size(shape[1:]).numel()
-
-
-def overlap(
-    offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape
-) -> tuple[Shape, Shape] | None:
-    """First and one-past-last index of what two boxes of one tensor share; None for nothing."""
-    low = tuple(max(a, b) for a, b in zip(offset, other_offset, strict=True))
-    ends = zip(offset, shape, other_offset, other_shape, strict=True)
-    high = tuple(min(a + n, b + m) for a, n, b, m in ends)
-    return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
-
-
-def window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
-    """Where a box stands inside another one that begins at `origin`."""
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))

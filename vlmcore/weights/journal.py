@@ -65,7 +65,10 @@ class Progress:
         """
         entry = json.loads(line)
         if "done" in entry:
-            done = Done(**entry["done"])
+            fields = entry["done"]
+            for side in ("tensors", "boxes"):
+                fields[side] = {name: tuple(found) for name, found in fields[side].items()}
+            done = Done(**fields)
             self.done[done.unit] = done
             self.begun = {pid: unit for pid, unit in self.begun.items() if unit != done.unit}
         elif "begun" in entry:

@@ -69,9 +69,19 @@ class Region:
         return isinstance(self.transform, Copy)
 
     @property
+    def is_transpose(self) -> bool:
+        """Whether they are, once the box is stored with its last two dimensions swapped."""
+        return isinstance(self.transform, Transpose)
+
+    @property
     def label(self) -> str:
-        """The box's name in journals and reports."""
-        return box_label(self.mcore_key, self.offset, self.shape)
+        """The box's name in journals and reports; slices of one HF tensor go by the name of the box
+        that they make up together."""
+        offset, shape = list(self.offset), list(self.shape)
+        if self.sources[0].index is not None:
+            sliced = len(shape) - len(self.hf_shapes[0]) - 1
+            offset[sliced], shape[sliced] = 0, self.global_shape[sliced]
+        return box_label(self.mcore_key, tuple(offset), tuple(shape))
 
     def pack(self, *pieces: Array) -> Array:
         """The box [shape] from its pieces."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmcore.families import family_of, read_config
-from vlmcore.weights.architecture import check_against_architecture
+from vlmcore.weights.architecture import check_against_architecture, published_shapes
 from vlmcore.weights.convert import REPORT
 from vlmcore.weights.report import total_digest
 from vlmcore.weights.safetensors_io import (
@@ -47,7 +47,9 @@ def recast(source: Path, target: Path, *, dtype: str, max_shard_size: str) -> di
         return tensor
 
     target.mkdir(parents=True)
-    order = {key: (info.shape, kept) for key, info in tensors.items()}
+    # the order of a conversion, so that both give the same bytes; other key forms keep their own
+    keys = [key for key in published_shapes(source) if key in tensors]
+    order = {key: (tensors[key].shape, kept) for key in dict.fromkeys([*keys, *tensors])}
     write_sharded(target, order, read, max_shard_bytes=parse_size(max_shard_size))
     copy_sidecar(source, target)
     leave_quantization_out(target / "config.json")

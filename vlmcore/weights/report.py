@@ -24,16 +24,17 @@ def close_ledger(tasks: Sequence[Task], progress: Progress) -> None:
         WeightError: Lists every tensor that was not read or written exactly once and whole.
     """
     faults = []
-    expected: dict[str, int] = {}
+    expected: Counter[str] = Counter()
     for task in tasks:
-        expected |= {key: math.prod(info.shape) for key, info in task.tensors.items()}
-        expected |= {region.label: math.prod(region.shape) for region in task.unit.regions}
+        expected.update({key: math.prod(info.shape) for key, info in task.tensors.items()})
+        for region in task.unit.regions:
+            expected[region.label] += math.prod(region.shape)
     times: Counter[str] = Counter()
     for done in progress.done.values():
         for name, (_, elements) in (*done.tensors.items(), *done.boxes.items()):
             times[name] += 1
-            if elements != expected.get(name):
-                faults.append(f"{name}: {elements} of {expected.get(name, 0)} elements")
+            if elements != expected[name]:
+                faults.append(f"{name}: {elements} of {expected[name]} elements")
     faults += [
         f"{name}: moved {times[name]} times, expected once"
         for name in sorted({*expected, *times})

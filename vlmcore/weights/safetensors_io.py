@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmcore.errors import WeightError
-from vlmcore.weights.dtypes import NAMES, Raw, cast, dequantize, itemsize, raw_type
+from vlmcore.weights.dtypes import NAMES, Raw, cast, dequantize, itemsize
+from vlmcore.weights.files import FileReader
 from vlmcore.weights.quantized import Scale, present
 from vlmcore.weights.shards import plan_shards, shard_index
 
@@ -79,7 +79,7 @@ class SafetensorsFolder(Mapping[str, TensorInfo]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = MappedFiles()
+        self._reader = TensorReader()
         placed = _read_index(folder / INDEX)
         self.files = (
             sorted(folder.glob("*.safetensors"))
@@ -126,50 +126,39 @@ class SafetensorsFolder(Mapping[str, TensorInfo]):
                 return tensor
         import torch
 
-        raw = self._files.elements(info, 0, math.prod(info.shape))
+        raw = self._reader.elements(info, 0, math.prod(info.shape))
         return torch.from_numpy(raw).view(info.dtype).reshape(info.shape)
 
 
-class MappedFiles:
-    """Reads ranges of files through memory maps, which stay open."""
+class TensorReader:
+    """Reads ranges of the elements of tensors; keeps their files open."""
 
     def __init__(self) -> None:
-        self._maps: dict[Path, mmap.mmap] = {}
-
-    def view(self, file: Path, start: int, count: int, dtype: str) -> Raw:
-        """`count` elements from byte `start` on; nothing is copied.
-
-        Raises:
-            WeightError: The file ends before.
-        """
-        if file not in self._maps:
-            with file.open("rb") as stream:
-                self._maps[file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        if not count:
-            return np.empty(0, raw_type(dtype))
-        if start + count * itemsize(dtype) > len(self._maps[file]):
-            raise WeightError(f"{file}: truncated at {len(self._maps[file])} bytes")
-        return np.frombuffer(self._maps[file], raw_type(dtype), count, start)
+        self._files = FileReader()
 
     def elements(self, info: TensorInfo, first: int, last: int) -> Raw:
         """Elements `first` to `last` of a tensor, counted flat, dequantized where it needs that."""
         if info.scale is None:
             start = info.start + first * itemsize(info.stored)
-            return self.view(info.file, start, last - first, info.stored)
+            return self._files.read(info.file, start, last - first, info.stored)
         columns = info.shape[-1]
         rows = range(first // columns, -(-last // columns))
         start = info.start + rows.start * columns
-        codes = self.view(info.file, start, len(rows) * columns, info.stored)
+        codes = self._files.read(info.file, start, len(rows) * columns, info.stored)
         scales = self._scales(info, np.arange(rows.start, rows.stop))
         numbers = dequantize(codes.reshape(len(rows), columns), scales, info.scale.dtype)
         begin = first - rows.start * columns
         return numbers.reshape(-1)[begin : begin + last - first]
 
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
+
     def _scales(self, info: TensorInfo, rows: Raw) -> Raw:
         """The scale of every element of some rows, as float32; rows count through the stack."""
         assert info.scale is not None
         found, block = info.scale.info, info.scale.block
-        stored = self.view(found.file, found.start, math.prod(found.shape), found.stored)
+        stored = self._files.read(found.file, found.start, math.prod(found.shape), found.stored)
         scales = cast(stored, found.stored, "float32").view(np.float32)
         height, columns = info.shape[-2:]
         by_row = scales.reshape(-1, *found.shape[-2:])[rows // height, rows % height // block[0]]

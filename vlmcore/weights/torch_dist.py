@@ -1,22 +1,16 @@
-"""Megatron-Core's torch_dist checkpoints as global tensors: laid out and read without a model.
+"""Megatron-Core's torch_dist checkpoints read as global tensors, without a model and without torch.
 
-The layout is torch.distributed.checkpoint's plus Megatron's `metadata.json` and `common.pt`
-(megatron-core 0.16): one global tensor per key, chunks at offsets, each an archive of `torch.save`
-inside a `.distcp` file, and a `_extra_state` object per linear layer that holds `[None]` where
-TransformerEngine is absent. Reading needs no torch and runs nothing that a file names.
+Whatever parallel layout wrote them, at whatever order of dimensions a chunk is stored; nothing
+that a file names is run. `layout` writes what is read here.
 """
 
 from __future__ import annotations
 
-import io
-import itertools
-import json
 import math
 import mmap
 import pickle
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,113 +18,12 @@ from typing import Any
 import numpy as np
 
 from vlmcore.errors import WeightError
-from vlmcore.weights.archives import ALIGNMENT, archive_ends, open_archive
+from vlmcore.weights.archives import open_archive
+from vlmcore.weights.boxes import overlap, swap, window
 from vlmcore.weights.dtypes import Raw, itemsize, raw_type
-from vlmcore.weights.plan import box_label
+from vlmcore.weights.files import FileReader
 
 Shape = tuple[int, ...]
-
-MAX_FILE_BYTES = 2 * 10**9  # of one .distcp; a larger tensor gets a file of its own
-_LINEAR = re.compile(r".*decoder\.layers\..*linear_(?:qkv|proj|fc1|fc2)\.weight")
-
-
-# -- writing ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a global tensor, stored as one chunk."""
-
-    key: str
-    global_shape: Shape
-    offset: Shape
-    shape: Shape
-    dtype: str
-
-    @property
-    def label(self) -> str:
-        """Its name in journals and reports."""
-        return box_label(self.key, self.offset, self.shape)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an archive stands: `length` bytes from `start` on in a file of the checkpoint."""
-
-    file: str
-    start: int
-    length: int
-
-
-def place_boxes(boxes: Sequence[Box]) -> list[Place]:
-    """Where each box's archive goes; depends on nothing but the boxes."""
-    places: list[Place] = []
-    file, end = 0, 0
-    for box in boxes:
-        head, tail = archive_ends(box.dtype, box.shape)
-        length = len(head) + math.prod(box.shape) * itemsize(box.dtype) + len(tail)
-        start = -(-end // ALIGNMENT) * ALIGNMENT
-        if end and start + length > MAX_FILE_BYTES:
-            file, start = file + 1, 0
-        places.append(Place(f"__0_{file}.distcp", start, length))
-        end = start + length
-    return places
-
-
-def write_metadata(folder: Path, placed: Mapping[Box, Place]) -> None:
-    """Writes all that makes the placed archives a checkpoint of Megatron-Core."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import (
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
-
-    entries: dict[str, Any] = {}
-    storage = {}
-    for box, place in placed.items():
-        index = MetadataIndex(box.key, box.offset)
-        storage[index] = _StorageInfo(place.file, place.start, place.length)
-        entry = entries.setdefault(
-            box.key,
-            TensorStorageMetadata(
-                TensorProperties(getattr(torch, box.dtype)), torch.Size(box.global_shape), []
-            ),
-        )
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)))
-    stream = io.BytesIO()
-    torch.save([None], stream)  # what a linear layer's extra state is
-    (folder / "__0_objects.distcp").write_bytes(stream.getvalue())
-    for key in _extra_states(placed):
-        entries[key] = BytesStorageMetadata()
-        storage[MetadataIndex(key)] = _StorageInfo("__0_objects.distcp", 0, stream.tell())
-    torch.save({}, folder / "common.pt")
-    backend = {
-        "sharded_backend": "torch_dist",
-        "sharded_backend_version": 1,
-        "common_backend": "torch",
-        "common_backend_version": 1,
-    }
-    (folder / "metadata.json").write_text(json.dumps(backend))
-    metadata = Metadata(state_dict_metadata=entries, storage_data=storage)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def _extra_states(boxes: Mapping[Box, Place]) -> Iterator[str]:
-    """Keys of the objects that Megatron's linear layers ask for, one per index of their stack."""
-    stacks = {box.key: box.global_shape[:-2] for box in boxes if _LINEAR.fullmatch(box.key)}
-    for key, stack in stacks.items():
-        of = ".".join(map(str, stack))
-        for index in itertools.product(*map(range, stack)):
-            shard = ".".join(map(str, index))
-            yield f"{key.removesuffix('weight')}_extra_state/shard_{shard}_{of}"
-
-
-# -- reading ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -159,7 +52,7 @@ class GlobalTensor:
         Raises:
             WeightError: They do not cover the box exactly once.
         """
-        found = [(c, _overlap(offset, shape, c.offset, c.shape)) for c in self.chunks]
+        found = [(c, overlap(offset, shape, c.offset, c.shape)) for c in self.chunks]
         chunks = tuple(chunk for chunk, common in found if common)
         covered = sum(
             math.prod(high - low for low, high in zip(*common, strict=True))
@@ -237,31 +130,64 @@ def _check_files(folder: Path, infos: Iterable[Any]) -> None:
 
 
 class BoxReader:
-    """Reads boxes of global tensors through memory maps, which stay open."""
+    """Reads boxes of global tensors; keeps their files open."""
 
     def __init__(self) -> None:
+        self._files = FileReader()
         self._maps: dict[Path, mmap.mmap] = {}
         self._arrays: dict[tuple[Path, int], Raw] = {}
 
-    def read(self, tensor: GlobalTensor, offset: Shape, shape: Shape) -> Raw:
-        """One box; a view of the file where one chunk holds it, else put together.
+    def read(
+        self, tensor: GlobalTensor, offset: Shape, shape: Shape, *, swapped: bool = False
+    ) -> Raw:
+        """One box, put together where several chunks hold it.
+
+        Args:
+            tensor: Has the chunks that hold the box.
+            offset: Where the box begins.
+            shape: Its shape.
+            swapped: `offset`, `shape` and what is given have the last two dimensions the other way
+                round.
 
         Raises:
             WeightError: A chunk is unreadable or not what the metadata says.
         """
         box: Raw | None = None
         for chunk in tensor.chunks:
-            common = _overlap(offset, shape, chunk.offset, chunk.shape)
+            array, begin = self._array(tensor, chunk), chunk.offset
+            if swapped:
+                array, begin = array.swapaxes(-1, -2), swap(begin)
+            common = overlap(offset, shape, begin, array.shape)
             if common is None:
                 continue
-            piece = self._array(tensor, chunk)[_window(*common, chunk.offset)]
+            piece = self._read(chunk.file, array[window(*common, begin)], tensor.dtype)
             if piece.shape == shape:
                 return piece
             if box is None:
                 box = np.empty(shape, raw_type(tensor.dtype))
-            box[_window(*common, offset)] = piece
+            box[window(*common, offset)] = piece
         assert box is not None, f"{tensor.key}: no chunk at {offset}"  # `within` has checked
         return box
+
+    def is_swapped(self, tensor: GlobalTensor, offset: Shape, shape: Shape) -> bool:
+        """Whether a box is one chunk, stored with its last two dimensions the other way round."""
+        if len(tensor.chunks) != 1:
+            return False
+        chunk = tensor.chunks[0]
+        stored = self._array(tensor, chunk).swapaxes(-1, -2)
+        return (chunk.offset, chunk.shape) == (offset, shape) and stored.flags.c_contiguous
+
+    def _read(self, file: Path, mapped: Raw, dtype: str) -> Raw:
+        """What a part of a mapped file holds: read, unless its rows lie apart."""
+        if not mapped.flags.c_contiguous:
+            return mapped
+        begin = np.frombuffer(self._maps[file], np.uint8, 1)
+        start = mapped.__array_interface__["data"][0] - begin.__array_interface__["data"][0]
+        return self._files.read(file, start, mapped.size, dtype).reshape(mapped.shape)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._files.close()
 
     def _array(self, tensor: GlobalTensor, chunk: Chunk) -> Raw:
         place = (chunk.file, chunk.start)
@@ -286,20 +212,6 @@ class BoxReader:
         size = itemsize(found.dtype)
         strides = tuple(n * size for n in found.stride)
         return np.ndarray(found.shape, raw_type(found.dtype), mapped, found.start, strides)
-
-
-def _overlap(
-    offset: Shape, shape: Shape, other_offset: Shape, other_shape: Shape
-) -> tuple[Shape, Shape] | None:
-    """First and one-past-last index of what two boxes share; None for nothing."""
-    low = tuple(map(max, offset, other_offset))
-    ends = zip(offset, shape, other_offset, other_shape, strict=True)
-    high = tuple(min(a + n, b + m) for a, n, b, m in ends)
-    return None if any(a >= b for a, b in zip(low, high, strict=True)) else (low, high)
-
-
-def _window(low: Shape, high: Shape, origin: Shape) -> tuple[slice, ...]:
-    return tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
 
 
 class _Record:

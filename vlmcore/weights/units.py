@@ -1,12 +1,14 @@
 """Moving one unit of a weight plan between files, with a digest of every tensor on both sides.
 
-Copies are streamed in windows from memory maps; what a transform rearranges is held once, so a
-worker's memory is bounded by the largest fused tensor. numpy only, see `dtypes`.
+Copies are streamed in windows; what a transform rearranges is held once, so a worker's memory is
+bounded by the largest matrix that is. A transposed matrix is a copy too: its archive says that its
+dimensions are stored the other way round. numpy only, see `dtypes`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -15,14 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmcore.weights.archives import archive_ends
+from vlmcore.weights.boxes import swap
 from vlmcore.weights.dtypes import Raw, cast, itemsize
+from vlmcore.weights.files import FileReader
 from vlmcore.weights.journal import Done
+from vlmcore.weights.layout import Box, Place
 from vlmcore.weights.plan import Region, Source, Unit
-from vlmcore.weights.safetensors_io import MappedFiles, TensorInfo
-from vlmcore.weights.torch_dist import Box, BoxReader, GlobalTensor, Place
+from vlmcore.weights.safetensors_io import TensorInfo, TensorReader
+from vlmcore.weights.torch_dist import BoxReader, GlobalTensor
 
-WINDOW_BYTES = 1 << 20  # of a streamed copy: small enough to stay in a core's cache
+WINDOW_BYTES = 1 << 18  # of a streamed copy: small enough to stay in a core's cache
 STRIP = 32  # columns that are rearranged at once; 5 GB/s, numpy's own copy does 1 GB/s
 
 Shape = tuple[int, ...]
@@ -51,6 +55,11 @@ class PackUnit:
         """Bytes that are written."""
         return sum(math.prod(box.shape) * itemsize(box.dtype) for box in self.boxes)
 
+    @property
+    def file(self) -> Path:
+        """The file that its first byte goes to."""
+        return Path(self.places[0].file)
+
 
 @dataclass(frozen=True)
 class UnpackUnit:
@@ -73,6 +82,11 @@ class UnpackUnit:
         """Bytes that are written."""
         return sum(info.size_bytes for info in self.tensors.values())
 
+    @property
+    def file(self) -> Path:
+        """The file that its first byte goes to."""
+        return next(iter(self.tensors.values())).file
+
 
 Task = PackUnit | UnpackUnit
 
@@ -86,12 +100,15 @@ class Mover:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._mapped = MappedFiles()
+        self._tensors = TensorReader()
+        self._files = FileReader()
         self._boxes = BoxReader()
         self._written: dict[Path, int] = {}
 
     def close(self) -> None:
-        """Closes the files it has written to."""
+        """Closes the files."""
+        for reader in (self._tensors, self._files, self._boxes):
+            reader.close()
         while self._written:
             os.close(self._written.popitem()[1])
 
@@ -106,117 +123,125 @@ class Mover:
 
     def holds(self, task: Task, done: Done) -> bool:
         """Whether the target holds what a journal says of a unit; reads it back."""
+        digests = _Digests()
         if isinstance(task, PackUnit):
-            found = {
-                box.label: self._read_back(box, place)
-                for box, place in zip(task.boxes, task.places, strict=True)
-            }
-            return found == {label: digest for label, (digest, _) in done.boxes.items()}
-        return all(
-            _sha256(self._mapped.elements(_in(self._folder, info), 0, math.prod(info.shape)))
-            == done.tensors[key][0]
-            for key, info in task.tensors.items()
-        )
+            sound = [
+                self._read_back(box, place, digests[region.label])
+                for region, box, place in _boxes(task)
+            ]
+            return all(sound) and digests.results == done.boxes
+        for key, info in task.tensors.items():
+            for part in _windows(range(math.prod(info.shape)), info):
+                written = self._tensors.elements(_in(self._folder, info), part.start, part.stop)
+                digests[key].update(written)
+        return digests.results == done.tensors
 
-    def _read_back(self, box: Box, place: Place) -> str:
-        """Digest of an archive's data; of nothing that could match if the rest is damaged."""
-        head, tail = archive_ends(box.dtype, box.shape)
-        whole = self._mapped.view(self._folder / place.file, place.start, place.length, "uint8")
-        end = place.length - len(tail)
-        intact = whole[: len(head)].tobytes() == head and whole[end:].tobytes() == tail
-        return _sha256(whole[len(head) : end]) if intact else ""
+    def _read_back(self, box: Box, place: Place, digest: _Digest) -> bool:
+        """Digests an archive's data; False if what stands around it is damaged."""
+        head, tail = box.archive_ends()
+        file, begin, end = self._folder / place.file, len(head), place.length - len(tail)
+        ends = (
+            self._files.read(file, place.start, begin, "uint8").tobytes(),
+            self._files.read(file, place.start + end, len(tail), "uint8").tobytes(),
+        )
+        step = WINDOW_BYTES // itemsize(box.dtype)
+        for first in range(0, count := math.prod(box.shape), step):
+            start = place.start + begin + first * itemsize(box.dtype)
+            digest.update(self._files.read(file, start, min(step, count - first), box.dtype))
+        return ends == (head, tail)
 
     def _pack(self, task: PackUnit) -> Done:
-        digests = {key: _Digest() for key in task.tensors}
-        boxes: dict[str, tuple[str, int]] = {}
-        for region, box, place in zip(task.unit.regions, task.boxes, task.places, strict=True):
-            head, tail = archive_ends(box.dtype, box.shape)
-            self._write(Path(place.file), place.start, np.frombuffer(head, np.uint8))
-            position = place.start + len(head)
-            own = _Digest()
-            shared = _is_whole_copy(region, task.tensors, box.dtype)
-            for data in self._packed(region, task.tensors, digests, box.dtype):
-                if not shared:
-                    own.update(data)
-                self._write(Path(place.file), position, data)
-                position += data.nbytes
-            self._write(Path(place.file), position, np.frombuffer(tail, np.uint8))
-            boxes[box.label] = (digests[region.sources[0].key] if shared else own).result
-        tensors = {key: digest.result for key, digest in digests.items()}
-        return Done(task.number, tensors, boxes, task.size_bytes)
+        read, written = _Digests(), _Digests()
+        for region, box, place in _boxes(task):
+            head, tail = box.archive_ends()
+            packed = self._packed(region, box, task.tensors, read, written)
+            position = place.start
+            for data in itertools.chain((_bytes(head),), packed, (_bytes(tail),)):
+                position += self._write(Path(place.file), position, data)
+        return Done(task.number, read.results, written.results, task.size_bytes)
 
     def _packed(
         self,
         region: Region,
+        box: Box,
         tensors: Mapping[str, TensorInfo],
-        digests: Mapping[str, _Digest],
-        dtype: str,
+        read: _Digests,
+        written: _Digests,
     ) -> Iterator[Raw]:
-        """The data of a box, piece by piece; its sources are digested on the way."""
-        infos = [tensors[source.key] for source in region.sources]
-        spans = [_span(*one) for one in zip(region.sources, region.hf_shapes, strict=True)]
-        if region.is_copy:
-            (info,), (span,), (source,) = infos, spans, region.sources
-            for part in _windows(span, info):
-                raw = self._mapped.elements(info, part.start, part.stop)
-                digests[source.key].update(raw)
-                yield cast(raw, info.dtype_name, dtype)
+        """The data of a box as it is stored, piece by piece, digested on both sides."""
+        sources = list(zip(region.sources, region.hf_shapes, strict=True))
+        if region.is_copy or box.swapped:
+            ((source, shape),) = sources
+            info = tensors[source.key]
+            same = info.dtype_name == box.dtype
+            if same:
+                written[region.label] = read[source.key]
+            for part in _windows(_span(source, shape), info):
+                raw = self._tensors.elements(info, part.start, part.stop)
+                read[source.key].update(raw)
+                data = cast(raw, info.dtype_name, box.dtype)
+                if not same:
+                    written[region.label].update(data)
+                yield data
             return
         pieces = []
-        for info, span, source, shape in zip(
-            infos, spans, region.sources, region.hf_shapes, strict=True
-        ):
-            raw = self._mapped.elements(info, span.start, span.stop)
-            digests[source.key].update(raw)
+        for source, shape in sources:
+            span = _span(source, shape)
+            raw = self._tensors.elements(tensors[source.key], span.start, span.stop)
+            read[source.key].update(raw)
             pieces.append(raw.reshape(shape))
-        yield cast(_contiguous(region.pack(*pieces)), infos[0].dtype_name, dtype)
+        dtype = tensors[sources[0][0].key].dtype_name
+        data = cast(_contiguous(region.pack(*pieces)), dtype, box.dtype)
+        written[region.label].update(data)
+        yield data
 
     def _unpack(self, task: UnpackUnit) -> Done:
-        digests = {key: _Digest() for key in task.tensors}
-        boxes: dict[str, tuple[str, int]] = {}
+        read, written = _Digests(), _Digests()
         for region, stored in zip(task.unit.regions, task.stored, strict=True):
-            own = _Digest()
-            infos = {source.key: task.tensors[source.key] for source in region.sources}
-            target = next(iter(infos.values())).stored
-            shared = _is_whole_copy(region, infos, stored.dtype)
-            for source, first, raw in self._unpacked(region, stored, own):
-                info = infos[source.key]
-                data = cast(raw, stored.dtype, target)
-                if not shared:
-                    digests[source.key].update(data)
-                self._write(info.file, info.start + first * itemsize(target), data)
-            if shared:
-                digests[region.sources[0].key] = own
-            boxes[region.label] = own.result
-        tensors = {key: digest.result for key, digest in digests.items()}
-        return Done(task.number, tensors, boxes, task.size_bytes)
+            for source, first, raw, same in self._unpacked(region, stored, read):
+                info = task.tensors[source.key]
+                data = cast(raw, stored.dtype, info.stored)
+                if same and info.stored == stored.dtype:
+                    written[source.key] = read[region.label]
+                else:
+                    written[source.key].update(data)
+                self._write(info.file, info.start + first * itemsize(info.stored), data)
+        return Done(task.number, written.results, read.results, task.size_bytes)
 
     def _unpacked(
-        self, region: Region, stored: GlobalTensor, own: _Digest
-    ) -> Iterator[tuple[Source, int, Raw]]:
-        """Parts of the HF tensors of a region: (source, first element in its tensor, data)."""
+        self, region: Region, stored: GlobalTensor, read: _Digests
+    ) -> Iterator[tuple[Source, int, Raw, bool]]:
+        """Parts of the HF tensors of a region: (source, first element in its tensor, data, whether
+        these are the bytes as they were stored)."""
         spans = [_span(*one) for one in zip(region.sources, region.hf_shapes, strict=True)]
-        if region.is_copy:
+        digest = read[region.label]
+        offset, shape = region.offset, region.shape
+        swapped = region.is_transpose and self._boxes.is_swapped(stored, offset, shape)
+        if swapped:
+            offset, shape = swap(offset), swap(shape)
+        if region.is_copy or swapped:
             position = spans[0].start
-            for offset, shape in _slabs(region.offset, region.shape, itemsize(stored.dtype)):
-                raw = _contiguous(self._boxes.read(stored, offset, shape))
-                own.update(raw)
-                yield region.sources[0], position, raw
+            for low, size in _slabs(offset, shape, itemsize(stored.dtype)):
+                raw = _contiguous(self._boxes.read(stored, low, size, swapped=swapped))
+                digest.update(raw)
+                yield region.sources[0], position, raw, True
                 position += raw.size
             return
-        box = _contiguous(self._boxes.read(stored, region.offset, region.shape))
-        own.update(box)
-        pieces = region.unpack(box.reshape(region.shape))
+        box = _contiguous(self._boxes.read(stored, offset, shape))
+        digest.update(box)
+        pieces = region.unpack(box.reshape(shape))
         for source, span, piece in zip(region.sources, spans, pieces, strict=True):
-            yield source, span.start, _contiguous(piece)
+            yield source, span.start, _contiguous(piece), False
 
-    def _write(self, file: Path, position: int, data: Raw) -> None:
+    def _write(self, file: Path, position: int, data: Raw) -> int:
+        """Gives how many bytes it wrote."""
         if file not in self._written:
             self._written[file] = os.open(self._folder / file, os.O_WRONLY)
         left = data.reshape(-1).view(np.uint8).data
         while left:
             count = os.pwrite(self._written[file], left, position)
             left, position = left[count:], position + count
+        return data.nbytes
 
 
 class _Digest:
@@ -235,18 +260,29 @@ class _Digest:
         return self._sha256.hexdigest(), self._elements
 
 
-def _sha256(data: Raw) -> str:
-    return hashlib.sha256(data.data).hexdigest()
+class _Digests(dict[str, _Digest]):
+    """Digests by the name of a tensor or box; begun when first asked for. One digest may stand
+    under a name on both sides, where the bytes are the same."""
+
+    def __missing__(self, name: str) -> _Digest:
+        self[name] = _Digest()
+        return self[name]
+
+    @property
+    def results(self) -> dict[str, tuple[str, int]]:
+        return {name: digest.result for name, digest in self.items()}
+
+
+def _bytes(data: bytes) -> Raw:
+    return np.frombuffer(data, np.uint8)
+
+
+def _boxes(task: PackUnit) -> Iterator[tuple[Region, Box, Place]]:
+    return zip(task.unit.regions, task.boxes, task.places, strict=True)
 
 
 def _in(folder: Path, info: TensorInfo) -> TensorInfo:
     return TensorInfo(info.shape, info.stored, folder / info.file, info.start)
-
-
-def _is_whole_copy(region: Region, tensors: Mapping[str, TensorInfo], dtype: str) -> bool:
-    """Whether box and HF tensor are the same bytes, so that one digest is both's."""
-    source = region.sources[0]
-    return region.is_copy and source.index is None and tensors[source.key].dtype_name == dtype
 
 
 def _span(source: Source, shape: Shape) -> range:

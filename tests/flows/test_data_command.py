@@ -1,0 +1,76 @@
+"""`vlmflow data` as a person types it; one process a call, so few calls."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from flows.cli import app
+
+run_cli = CliRunner().invoke
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    with (folder / "rows.jsonl").open("w") as file:
+        for i in range(60):
+            Image.new("RGB", (32 + i, 32), (4 * i, 0, 0)).save(folder / f"{i}.png")
+            turns = [{"role": "user", "content": "<image>What?"},
+                     {"role": "assistant", "content": f"{i}"}]  # fmt: skip
+            file.write(json.dumps({"messages": turns, "images": [f"{i}.png"]}) + "\n")
+        file.write('{"messages": [\n')
+    return folder
+
+
+def test_convert_prepare_and_audit_in_a_row(raw, tmp_path):
+    out = tmp_path / "out"
+    options = ["--format", "messages", "--max-bad-ratio", "0.1", "--workers", "1", "--json"]
+    done = run_cli(app, ["data", "convert", str(raw / "rows.jsonl"), str(out), *options])
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert (printed["samples"], printed["shards"]) == (60, 1)
+    assert printed["dropped"] == {"bad_json": 1}
+    done = run_cli(app, ["data", "prepare", str(out), "--split", "9,1,0", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["samples"] == {"train": 54, "val": 6}
+    assert (out / ".nv-meta" / "index.sqlite").exists()
+    assert not list(out.glob(".[dw]*"))
+    done = run_cli(app, ["data", "audit", str(out), "--workers", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["samples"] == {"train": 54, "val": 6}
+    assert "data audit" in (out / "audit.html").read_text()
+
+
+BAD_CALLS = {
+    "nothing there": (["convert", "gone.jsonl", "out"], "nothing is there"),
+    "no table": (["convert", "raw/0.png", "out"], "is no table"),
+    "an unknown format": (["convert", "raw/rows.jsonl", "out", "--format", "csv"], "--format:"),
+    "a bad column": (["convert", "raw/rows.jsonl", "out", "--column", "x"], "is not THEIRS=OURS"),
+    "a ratio above 1": (["convert", "raw/rows.jsonl", "out", "--max-bad-ratio", "2"], "ratio:"),
+    "too many bad rows": (["convert", "raw/rows.jsonl", "out", "--max-bad-ratio", "0"],
+                          "1 x bad_json, as rows.jsonl:61"),
+    "not empty": (["convert", "raw/rows.jsonl", "raw"], "is not empty"),
+    "no shards": (["prepare", "raw"], "has no report.json"),
+    "a split of letters": (["prepare", "raw", "--split", "a,b"], "train,val,test ratios"),
+    "no shards to audit": (["audit", "raw"], "has no report.json"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_users_error_is_a_sentence_and_exit_code_2(raw):
+    for name, (arguments, sentence) in BAD_CALLS.items():
+        done = subprocess.run(
+            [sys.executable, "-m", "flows", "data", *arguments],
+            cwd=raw.parent, capture_output=True, text=True, env={"PYTHONPATH": ".:" + ROOT},
+        )  # fmt: skip
+        assert done.returncode == 2, (name, done.stderr)
+        assert sentence in " ".join(done.stderr.split()), name
+        assert "Traceback" not in done.stderr, name
+
+
+ROOT = __file__.rpartition("/tests/")[0]
