@@ -16,7 +16,12 @@ from tests.dataloading.conftest import SHELLS, Encoders
 from tests.tiny.rows import noise
 from vlmcore.dataloading import task_encoder as task_encoder_module
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder, dummy_vision_inputs
-from vlmcore.dataloading.loader import stage_loader, stop_workers, train_loader
+from vlmcore.dataloading.loader import (
+    stage_loader,
+    stage_task_encoder,
+    stop_workers,
+    train_loader,
+)
 from vlmcore.dataloading.samples import ConversationSample, PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.errors import DataError
@@ -313,7 +318,7 @@ def test_a_stage_says_how_its_samples_are_read(
         built = stage_loader(
             stage,
             [tiny_dataset],
-            hf_dir=tiny_model("qwen3_vl"),
+            stage_task_encoder(stage, tiny_model("qwen3_vl")),
             data_parallel_rank=0,
             data_parallel_size=1,
             blend_file=tmp_path / "blend.yaml",

@@ -41,9 +41,7 @@ UNKNOWN: dict[str, Case] = {
         "train.full.per_device_train_batch_size",
         "write micro_batch_size",
     ),
-    "warm-up": one(
-        22, "    warmup_steps: 5", "train.full.warmup_steps", "write lr_warmup_iters"
-    ),
+    "warm-up": one(22, "    warmup_steps: 5", "train.full.warmup_steps", "write lr_warmup_iters"),
     "bf16": one(22, "    bf16: true", "train.full.bf16", "found true", "torch_dtype: bfloat16"),
     "tensor parallel": one(
         17, "    tp_size: 1", "train.align.tp_size", "write tensor_model_parallel_size"

@@ -23,24 +23,12 @@ SHUFFLE_BUFFER_SIZE = 1_000
 CHECKPOINT_EVERY_S = 10.0  # a restored worker makes the rows since its last one again
 
 
-def stage_loader(
-    stage: TrainStage,
-    datasets: Sequence[Path],
-    *,
-    hf_dir: Path,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-    blend_file: Path,
-) -> SavableDataLoader[PackedRow]:
-    """The rows that a training stage asks for.
+def stage_task_encoder(stage: TrainStage, hf_dir: Path) -> ConversationTaskEncoder:
+    """What makes rows of conversations for a training stage.
 
     Args:
         stage: Says how samples are encoded, cut and packed.
-        datasets: Energon dataset folders.
         hf_dir: Tokenizer, chat template and processor of the model.
-        data_parallel_rank: See `train_loader`.
-        data_parallel_size: Likewise.
-        blend_file: Likewise.
 
     Raises:
         DataError: The model has no chat template, or its processor cannot keep a limit.
@@ -49,12 +37,24 @@ def stage_loader(
     encoder = ConversationEncoder(
         hf_dir, task=stage.task, limits=MediaLimits(**limits), loss_scale=stage.loss_scale
     )
-    task_encoder = ConversationTaskEncoder(
+    return ConversationTaskEncoder(
         encoder,
         max_length=stage.max_length,
         truncation=stage.truncation_strategy,
         multiple=stage.row_multiple,
     )
+
+
+def stage_loader(
+    stage: TrainStage,
+    datasets: Sequence[Path],
+    task_encoder: ConversationTaskEncoder,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    blend_file: Path,
+) -> SavableDataLoader[PackedRow]:
+    """The rows that a training stage asks for; arguments as for `train_loader`."""
     return train_loader(
         datasets,
         task_encoder,

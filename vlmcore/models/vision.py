@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmcore import megatron_cpu
 from vlmcore.errors import WeightError
 from vlmcore.families import Family
+from vlmcore.models.vision_attention import attend_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -90,6 +91,7 @@ def build_vision_model(
     for module in vision.modules():
         module._is_hf_initialized = False
     vision.initialize_weights()
+    attend_by_length(vision)
     built: nn.Module = vision
     return built
 

@@ -31,6 +31,10 @@ class VisionLanguageModel(MegatronModule):
         language_model: A Decoder built with `scatter_embedding=False`.
         vision_model: From `build_vision_model`; None beyond the first pipeline stage.
         placeholders: Token ids that the features replace.
+
+    Attributes:
+        idle_inputs: What the vision side looks at where a row has no image, so that backward
+            reaches the same weights on every rank; its features count nothing. Empty: it rests.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class VisionLanguageModel(MegatronModule):
         self.language_model = language_model
         self.vision_model = vision_model
         self.placeholders = placeholders
+        self.idle_inputs: dict[str, Tensor] = {}
         # what Megatron's reduction of tied gradients over pipeline stages asks for
         self.pre_process = language_model.pre_process
         self.post_process = language_model.post_process
@@ -113,9 +118,15 @@ class VisionLanguageModel(MegatronModule):
         """Embeddings with the features in place, and what each of the first layers gets on top."""
         embedded_SBH = self.language_model.embedding(input_ids, None)
         deepstack: dict[int, Tensor] = {}
+        is_idle = not vision_inputs and torch.is_grad_enabled()
+        looked_at = self.idle_inputs if is_idle else vision_inputs
         for seen in see(
-            self.vision_model, vision_inputs, self.placeholders, dtype=self.config.params_dtype
+            self.vision_model, looked_at, self.placeholders, dtype=self.config.params_dtype
         ):
+            if is_idle:
+                features = (seen.embedded, *seen.deepstack)
+                embedded_SBH = embedded_SBH + 0 * sum(f.sum() for f in features)
+                continue
             is_seen_BS = _marked(input_ids, seen)
             embedded_SBH = _place(embedded_SBH, is_seen_BS, seen.embedded)
             for depth, features_FH in enumerate(seen.deepstack):

@@ -15,14 +15,15 @@ from megatron.core import parallel_state
 from megatron.energon.savable_loader import SavableDataLoader
 
 from vlmcore import megatron_cpu
-from vlmcore.dataloading.loader import stage_loader
+from vlmcore.dataloading.encode import dummy_vision_inputs
+from vlmcore.dataloading.loader import stage_loader, stage_task_encoder, stop_workers
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
 from vlmcore.models.folder import config_dir, save_folder
 from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.job import ADAPTER, METRICS, TRAINABLE, TrainJob
-from vlmcore.training.model import prepare
+from vlmcore.training.model import Training, prepare
 from vlmcore.training.progress import MetricsFile, report_progress
 from vlmcore.training.throughput import Throughput
 from vlmcore.training.tuning import save_and_merge
@@ -35,8 +36,40 @@ def train(job: TrainJob) -> None:
         TrainError: Nothing trainable, an impossible layout, or a loss that is not finite.
     """
     stage = job.stage
-    training = prepare(stage, job.model_dir)
-    loader = _build_loader(job)
+    hf_dir = config_dir(job.model_dir)
+    task_encoder = stage_task_encoder(stage, hf_dir)
+    training = prepare(stage, job.model_dir, idle_inputs=dummy_vision_inputs(task_encoder.encoder))
+    loader = stage_loader(
+        stage,
+        job.datasets,
+        task_encoder,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        blend_file=job.scratch_dir / f"blend_{dist.get_rank()}.yaml",
+    )
+    try:
+        _run_steps(job, training, loader)
+    finally:
+        stop_workers(loader)
+
+    if training.plan is not None:
+        save_and_merge(
+            training.modules,
+            training.plan,
+            job.output_dir / ADAPTER,
+            hf_dir=hf_dir,
+            work=job.scratch_dir / ADAPTER,
+        )
+    save_folder(training.modules, job.output_dir, like=job.model_dir)
+    if dist.get_rank() == 0:
+        shutil.copyfile(job.scratch_dir / METRICS, job.output_dir / METRICS)
+        table = json.dumps(training.trainable, indent=1)
+        (job.output_dir / TRAINABLE).write_text(table + "\n")
+
+
+def _run_steps(job: TrainJob, training: Training, loader: SavableDataLoader[PackedRow]) -> None:
+    """Trains from the last checkpoint, or the start, to the last step."""
+    stage = job.stage
     checkpoints = Checkpointer(job.scratch_dir, training=training, stage=stage, loader=loader)
     start = checkpoints.restore()
     leads = dist.get_rank() == 0
@@ -66,32 +99,8 @@ def train(job: TrainJob) -> None:
             report_progress(total=stage.train_iters, **outcome)
         if not last and step % stage.save_interval == 0:
             checkpoints.save(step)
-
-    if training.plan is not None:
-        save_and_merge(
-            training.modules,
-            training.plan,
-            job.output_dir / ADAPTER,
-            hf_dir=config_dir(job.model_dir),
-            work=job.scratch_dir / ADAPTER,
-        )
-    save_folder(training.modules, job.output_dir, like=job.model_dir)
     if metrics is not None:
         metrics.close()
-        shutil.copyfile(job.scratch_dir / METRICS, job.output_dir / METRICS)
-        table = json.dumps(training.trainable, indent=1)
-        (job.output_dir / TRAINABLE).write_text(table + "\n")
-
-
-def _build_loader(job: TrainJob) -> SavableDataLoader[PackedRow]:
-    return stage_loader(
-        job.stage,
-        job.datasets,
-        hf_dir=config_dir(job.model_dir),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        blend_file=job.scratch_dir / f"blend_{dist.get_rank()}.yaml",
-    )
 
 
 def _stop_on_bad_loss(job: TrainJob, batch: list[PackedRow], outcome: dict[str, Any]) -> None:

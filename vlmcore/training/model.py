@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from vlmcore import megatron_cpu
 from vlmcore.families import family_of, read_config
@@ -61,8 +63,15 @@ class Training:
         return float(groups[0]["lr"] if shared is None else shared)
 
 
-def prepare(stage: TrainStage, model_dir: Path) -> Training:
+def prepare(
+    stage: TrainStage, model_dir: Path, *, idle_inputs: Mapping[str, Tensor] | None = None
+) -> Training:
     """Everything but the data; call inside `model_parallel` on every rank.
+
+    Args:
+        stage: What to train, and how.
+        model_dir: Model folder to start from.
+        idle_inputs: What a vision side that trains looks at where a row has no image.
 
     Raises:
         TrainError: The layout does not divide the model, or nothing is trainable.
@@ -89,6 +98,11 @@ def prepare(stage: TrainStage, model_dir: Path) -> Training:
     load_folder(modules, model_dir)
     if plan is not None:
         adapt(modules, plan, stage, family)
+    for module in modules:
+        vision = getattr(module, "vision_model", None)
+        if vision is not None and any(weight.requires_grad for weight in vision.parameters()):
+            place = megatron_cpu.device()
+            module.idle_inputs = {k: v.to(place) for k, v in (idle_inputs or {}).items()}
     chunks = [
         DistributedDataParallel(
             module.config,
