@@ -10,7 +10,7 @@ from typing import Any
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
 from vlmcore.models.fit import require_layout
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
 
 LOSS_PLOT = "loss.svg"

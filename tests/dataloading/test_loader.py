@@ -25,7 +25,7 @@ from vlmcore.dataloading.loader import (
 from vlmcore.dataloading.samples import ConversationSample, PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.errors import DataError
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 
 MAX_LENGTH = 160
 Loader = Callable[..., Any]

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from vlmcore.recipe import load_recipe
 from vlmcore.recipe.loading import dump_recipe
-from vlmcore.recipe.schema import Evaluate, Recipe, TrainStage
+from vlmcore.recipe.schema import Evaluate, Recipe
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.recipe.tree import Where, dump, parse, plain
 
 

@@ -5,8 +5,10 @@ import pytest
 from pydantic import ValidationError
 
 from vlmcore.recipe import load_recipe
-from vlmcore.recipe.schema import CrossFieldError, Evaluate, Recipe, Section, TrainStage
+from vlmcore.recipe.schema import Evaluate, Recipe
+from vlmcore.recipe.section import CrossFieldError, Section
 from vlmcore.recipe.spellings import OTHERWISE, SAME, VALUES
+from vlmcore.recipe.train_stage import TrainStage
 
 MODELS = {model.__name__: model for model in Section.__subclasses__()}
 FIELDS = [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 
 
 def stage(**fields: Any) -> TrainStage:

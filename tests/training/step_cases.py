@@ -26,7 +26,7 @@ from vlmcore.dataloading.encode import IGNORED, ConversationEncoder
 from vlmcore.dataloading.samples import PackedRow, TokenSample
 from vlmcore.families import family_of, read_config
 from vlmcore.models.folder import save_folder
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.checkpoint import Checkpointer
 from vlmcore.training.distributed import model_parallel, process_group
 from vlmcore.training.model import prepare

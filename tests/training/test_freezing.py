@@ -3,7 +3,7 @@ from torch import nn
 
 from vlmcore.errors import TrainError
 from vlmcore.families import FAMILIES
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.freezing import apply_freezes, freeze_group, require_trainable
 
 STAGE = {"name": "s", "data": ("d",), "train_iters": 1}

@@ -1,5 +1,5 @@
 from vlmcore.families import FAMILIES
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.throughput import Throughput
 
 STAGE = {"name": "s", "data": ("d",), "train_iters": 1}

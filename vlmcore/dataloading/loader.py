@@ -17,7 +17,7 @@ from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.dataloading.media import MediaLimits
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 
 SHUFFLE_BUFFER_SIZE = 1_000
 CHECKPOINT_EVERY_S = 10.0  # a restored worker makes the rows since its last one again

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from vlmcore.recipe.schema import CrossFieldError, Recipe
+from vlmcore.recipe.schema import Recipe
+from vlmcore.recipe.section import CrossFieldError
 from vlmcore.recipe.spellings import OTHERWISE, SAME, VALUES
 from vlmcore.recipe.tree import Fault, Loc, Node, child, plain, spoken
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlmcore.recipe.schema import TrainStage
+    from vlmcore.recipe.train_stage import TrainStage
 
 # The path of the field to mend, seen from the section that checks, and a sentence.
 Fault = tuple[tuple[str | int, ...], str]

@@ -18,7 +18,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.energon.savable_loader import SavableDataLoader
 
 from vlmcore.models.build import sharded_state_dict
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.model import Training
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from vlmcore.errors import TrainError
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.families.shell import VISION_PREFIX
 from vlmcore.models.build import sharded_state_dict
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 
 GROUPS: tuple[FreezeGroup, ...] = ("aligner", "llm", "vit")
 

@@ -27,7 +27,7 @@ from vlmcore.families import family_of, read_config
 from vlmcore.models.build import build_model
 from vlmcore.models.fit import require_layout
 from vlmcore.models.folder import config_dir, load_folder
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.freezing import apply_freezes, require_trainable, trainable_table
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.training.router_losses import RouterLosses

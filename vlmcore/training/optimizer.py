@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vlmcore.families import Family, FreezeGroup
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training import bucket_padding
 from vlmcore.training.freezing import freeze_group
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vlmcore.families import LanguageModel
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 
 # Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets; the first name found decides.
 PEAK_TFLOPS = {

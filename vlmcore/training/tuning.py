@@ -15,7 +15,7 @@ from torch import nn
 from vlmcore.errors import TrainError
 from vlmcore.families import Family, family_of, read_config
 from vlmcore.models.lora import apply_lora, load_adapter, merge_lora, save_adapter
-from vlmcore.recipe.schema import TrainStage
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.freezing import freeze_group, frozen_groups
 from vlmcore.weights.adapter_plan import AdapterPlan, plan_adapters
 from vlmcore.weights.adapters import FreshAdapter, McoreAdapter, write_peft
