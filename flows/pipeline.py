@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from vlmcore.artifacts import Store
 from vlmcore.errors import GateError, RecipeError, VlmflowError
 from vlmcore.evaluation.gates import GateResult, check_gates
 from vlmcore.recipe import Recipe, list_recipes, load_recipe
+from vlmcore.recipe.train_stage import TrainStage
 
 
 @dataclass
@@ -100,13 +102,13 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
         model = swap(run, vlm=model, llm=llm, seed=recipe.seed, shell=recipe.model.shell)
 
     checkpoints = {"swap": model}
-    trained = _for_training(run, recipe, "to_mcore", model=model)
-    for stage in recipe.train:
-        if stage.model == "vlm":
-            datasets = [data[name] for name in stage.data]
-            trained = train(run, stage, model=trained, datasets=datasets)
-            exported = export(run, f"export.{stage.name}", recipe.export, trained=trained)
-            checkpoints[stage.name] = exported
+    stages = [stage for stage in recipe.train if stage.model == "vlm"]
+    trained = _for_training(run, recipe, "to_mcore", model=model, stages=stages)
+    for stage in stages:
+        datasets = [data[name] for name in stage.data]
+        trained = train(run, stage, model=trained, datasets=datasets)
+        exported = export(run, f"export.{stage.name}", recipe.export, trained=trained)
+        checkpoints[stage.name] = exported
 
     for entry in recipe.evaluate:
         source = recipe.data[entry.data]
@@ -128,11 +130,17 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
     report(run, recipe, scores=results.scores, gates=results.gates)
 
 
-def _for_training(run: Run, recipe: Recipe, name: str, *, model: Ref) -> Ref:
-    """What training starts from: a Megatron checkpoint, or on the fly the HF model itself."""
-    if not recipe.convert.on_the_fly:
+def _for_training(
+    run: Run, recipe: Recipe, name: str, *, model: Ref, stages: Sequence[TrainStage]
+) -> Ref:
+    """What stages start from: a Megatron checkpoint, or on the fly the HF model itself.
+
+    One stage of engine transformers has them all read and write HF folders: each engine can.
+    """
+    engines = {stage.engine for stage in stages}
+    if not recipe.convert.on_the_fly and "transformers" not in engines:
         return to_mcore(run, name, recipe.convert, model=model)
-    if recipe.convert.check:
+    if recipe.convert.check and engines != {"transformers"}:
         precision(run, name.replace("to_mcore", "precision"), recipe.convert, model=model)
     return model
 
@@ -143,7 +151,7 @@ def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref]) -> Ref:
     stages = [stage for stage in recipe.train if stage.model == "llm"]
     if not stages:
         return llm
-    trained = _for_training(run, recipe, "to_mcore.llm", model=llm)
+    trained = _for_training(run, recipe, "to_mcore.llm", model=llm, stages=stages)
     for stage in stages:
         datasets = [data[name] for name in stage.data]
         trained = train(run, stage, model=trained, datasets=datasets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from vlmcore.artifacts import ArtifactRef, BuildContext
 from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
+
+log = logging.getLogger(__name__)
 
 LOSS_PLOT = "loss.svg"
 
@@ -32,6 +35,7 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch
+        from vlmcore.training.nodes import nodes_of
 
         assert isinstance(model, ArtifactRef)
         job = TrainJob(
@@ -43,10 +47,15 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         )
         job_file = context.scratch / "job.json"
         job_file.write_text(job.model_dump_json(indent=1))
+        nodes = nodes_of(stage)
+        if nodes.nnodes > 1:
+            others = "%s: on each of the other %d nodes: python -m vlmcore.training.nodes %s"
+            log.info(others, name, nodes.nnodes - 1, job_file)
         launch(
             "vlmcore.training.main",
             ["--job", str(job_file)],
             nproc_per_node=stage.nproc_per_node,
+            nodes=nodes,
             log_path=run.log_path(name),
             on_progress=lambda values: _report(run, name, values),
         )
@@ -84,9 +93,20 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
     seconds = sum(row["step_s"] for row in metrics)
     return {
         "final_loss": metrics[-1]["loss"],
+        **_lowest_eval_loss(metrics),
         "steps": len(metrics),
+        "skipped_steps": sum(not row["updated"] for row in metrics),
         "samples": sum(row["samples"] for row in metrics),
         "dropped": sum(row["dropped"] for row in metrics),
         "tokens_per_s": sum(row["tokens"] for row in metrics) / max(seconds, 1e-9),
         "peak_memory_mb": max(row["peak_memory_mb"] for row in metrics),
     }
+
+
+def _lowest_eval_loss(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The lowest loss on held-out data and its step; nothing where none was measured."""
+    evaluated = [row for row in metrics if "eval_loss" in row]
+    if not evaluated:
+        return {}
+    best = min(evaluated, key=lambda row: row["eval_loss"])
+    return {"best_eval_loss": best["eval_loss"], "best_step": best["step"]}

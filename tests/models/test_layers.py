@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from vlmcore.models import layers
 from vlmcore.models.layers import PackedAttention, PositionRotary
 
 HEADS, GROUPS, DIM = 4, 2, 8
@@ -67,6 +69,45 @@ def test_packed_attention_equals_a_block_diagonal_mask(
         results.append((out, *grads))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("max_masked", [2, 1024])
+def test_parts_of_a_row_attend_to_what_came_before_them(
+    monkeypatch: pytest.MonkeyPatch, max_masked: int
+) -> None:
+    """As on a context parallel rank that holds the first and the last of four chunks."""
+    monkeypatch.setattr(layers, "MAX_MASKED", max_masked)
+    monkeypatch.setattr(layers, "_own_chunks", lambda _: ((0, 6), (18, 24)))
+    query, key, value = qkv(24)
+    own = torch.cat([query[:6], query[18:]])
+    found = PackedAttention(None, 1, None, "self")(
+        own, key, value, packed_seq_params=packed([3, 18, 3])
+    )
+    expected = dense(query, key, value, [3, 18, 3], DIM**-0.5)
+    torch.testing.assert_close(found, torch.cat([expected[:6], expected[18:]]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("chunks", [((0, 300),), ((0, 75), (225, 300))])
+def test_the_kernel_on_a_gpu_equals_a_block_diagonal_mask(
+    monkeypatch: pytest.MonkeyPatch, chunks: tuple[tuple[int, int], ...]
+) -> None:
+    monkeypatch.setattr(layers, "_own_chunks", lambda _: chunks)
+    lengths = [1, 130, 60, 109]
+    query, key, value = (x.detach().to("cuda", torch.bfloat16) for x in qkv(300))
+    query, key, value = (F.pad(x, (0, 64 - DIM)).requires_grad_() for x in (query, key, value))
+    own = torch.cat([query[a:b] for a, b in chunks])
+    params = packed(lengths)
+    params.cu_seqlens_q = params.cu_seqlens_q.cuda()
+    found = PackedAttention(None, 1, None, "self", softmax_scale=0.3)(
+        own, key, value, packed_seq_params=params
+    )
+    wide = (x.double().cpu() for x in (query, key, value))
+    expected = dense(*wide, lengths, 0.3)
+    expected = torch.cat([expected[a:b] for a, b in chunks])
+    # 8 bits of mantissa in what goes in and comes out
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_sample_of_no_tokens_changes_nothing() -> None:

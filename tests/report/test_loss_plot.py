@@ -48,6 +48,18 @@ def test_a_loss_that_is_not_finite_is_left_out_and_counted():
     assert "nan" not in svg
 
 
+def test_the_held_out_loss_is_drawn_where_it_was_measured():
+    metrics = rows([3.0, 2.5, 2.0, 1.5])
+    metrics[1]["eval_loss"], metrics[3]["eval_loss"] = 4.0, 1.0
+    svg = loss_plot_svg(metrics, title="x")
+    loss, held_out = points(svg, "raw"), points(svg, "eval")
+    assert [x for x, _ in held_out] == [loss[1][0], loss[3][0]]
+    assert held_out[0][1] < loss[0][1] < loss[3][1] < held_out[1][1]  # its axis reaches both
+    assert svg.count("<circle") == 2
+    assert any("held-out loss" in one for one in labels(svg))
+    assert "held-out" not in loss_plot_svg(rows([3.0, 2.0]), title="x")
+
+
 def test_a_long_run_stays_small_and_keeps_its_spike():
     losses = [2.0] * 50_000
     losses[31_234] = 9.0

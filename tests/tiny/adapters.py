@@ -55,8 +55,8 @@ def save_adapter(base_dir: Path, target: Path, *, seed: int = 0, **config: Any) 
     return target
 
 
-def with_adapter(base_dir: Path, adapter_dir: Path) -> Any:
-    """Base and adapter as peft runs them.
+def with_adapter(base_dir: Path, adapter_dir: Path, *, use_dora: bool = False) -> Any:
+    """Base and adapter as peft runs them; of DoRA the magnitudes are those of the base.
 
     Raises:
         AssertionError: peft misses a tensor of the adapter, or finds one too many.
@@ -65,10 +65,11 @@ def with_adapter(base_dir: Path, adapter_dir: Path) -> Any:
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(adapter_dir))
-    config.inference_mode = False
+    config.inference_mode, config.use_dora = False, use_dora
     model = get_peft_model(hf_model(base_dir), config).eval()
     stored = load_peft_weights(str(adapter_dir))
     result = set_peft_model_state_dict(model, stored)
     assert not result.unexpected_keys
-    assert not [key for key in result.missing_keys if "lora_" in key]
+    lost = [key for key in result.missing_keys if "lora_" in key]
+    assert all(use_dora and "magnitude" in key for key in lost), lost
     return model

@@ -1,8 +1,13 @@
 """Stages of one step, for scripts that run on ranks."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from vlmcore.recipe.train_stage import TrainStage
+from vlmcore.training.distributed import model_parallel
+from vlmcore.training.model import Training, prepare
 
 
 def stage(**fields: Any) -> TrainStage:
@@ -19,3 +24,19 @@ def stage(**fields: Any) -> TrainStage:
         "torch_dtype": "float32",
     }
     return TrainStage(**(defaults | fields))
+
+
+@contextmanager
+def prepared(stage: TrainStage, hf_dir: Path, **options: Any) -> Iterator[Training]:
+    """A stage laid out over the ranks and ready to train; empty afterwards.
+
+    What refers to a model keeps its process groups and their threads alive: after forty layouts
+    nothing else runs. The config refers to the optimizer, a cycle that no collector sees through.
+    """
+    with model_parallel(stage.layout, seed=0):
+        training = prepare(stage, hf_dir, **options)
+        try:
+            yield training
+        finally:
+            training.modules[0].config.grad_scale_func = None
+            vars(training).clear()

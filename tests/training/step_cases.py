@@ -20,16 +20,15 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 
 from tests.tiny.adapters import hf_model, with_adapter
-from tests.tiny.megatron import stage
+from tests.tiny.megatron import prepared, stage
 from tests.tiny.rows import row_of, token_sample
-from vlmcore.dataloading.encode import IGNORED, ConversationEncoder
+from vlmcore.dataloading.encode import IGNORED, ConversationEncoder, dummy_vision_inputs
 from vlmcore.dataloading.samples import PackedRow, TokenSample
 from vlmcore.families import family_of, read_config
 from vlmcore.models.folder import save_folder
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.checkpoint import Checkpointer
-from vlmcore.training.distributed import model_parallel, process_group
-from vlmcore.training.model import prepare
+from vlmcore.training.distributed import process_group
 from vlmcore.training.tuning import plan_lora, save_and_merge
 from vlmcore.weights.adapters import FreshAdapter, write_peft
 
@@ -66,7 +65,7 @@ def reference(
     model = hf_model(hf_dir)
     if stage.tuner_type != "full":
         write_peft(FreshAdapter(plan_lora(stage, hf_dir), seed=stage.seed), out / "fresh")
-        model = with_adapter(hf_dir, out / "fresh")
+        model = with_adapter(hf_dir, out / "fresh", use_dora=stage.tuner_type == "dora")
     frozen = {"vit": stage.freeze_vit, "aligner": stage.freeze_aligner, "llm": stage.freeze_llm}
     rates = {"vit": stage.vit_lr, "aligner": stage.aligner_lr, "llm": None}
     groups = []
@@ -97,9 +96,11 @@ def reference(
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of a model folder, and its adapter's."""
     adapter = folder / "adapter" / "adapter_model.safetensors"
-    return load_file(folder / "model.safetensors") | (
+    weights = load_file(folder / "model.safetensors") | (
         load_file(adapter) if adapter.exists() else {}
     )
+    # what the hub calls LLaVA's tower, and what transformers 5 saves it as
+    return {key.replace("tower.vision_model.", "tower."): w for key, w in weights.items()}
 
 
 def _losses(model: Any, rows: list[list[TokenSample]], stage: TrainStage) -> tuple[Any, Any]:
@@ -166,10 +167,13 @@ def checkpoint_of_one_step(
     hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, folder: Path
 ) -> None:
     """What a stage that is killed after its first step leaves behind."""
-    with model_parallel(stage.layout, seed=0):
-        training = prepare(stage, hf_dir)
+    with prepared(stage, hf_dir, idle_inputs=idle_inputs(hf_dir)) as training:
         training.step(batch_of(rows, stage))
         Checkpointer(folder, training=training, stage=stage, loader=NoLoader()).save(1)
+
+
+def idle_inputs(hf_dir: Path) -> dict[str, torch.Tensor]:
+    return dummy_vision_inputs(ConversationEncoder(hf_dir, task="sft"))
 
 
 def batch_of(rows: list[list[TokenSample]], stage: TrainStage) -> list[PackedRow]:
@@ -182,17 +186,19 @@ def megatron_step(
     hf_dir: Path, rows: list[list[TokenSample]], stage: TrainStage, out: Path, work: Path
 ) -> dict[str, Any]:
     """The same figures from the megatron engine, its weights by way of HF safetensors."""
-    with model_parallel(stage.layout, seed=0):
-        training = prepare(stage, hf_dir)
+    with prepared(stage, hf_dir, idle_inputs=idle_inputs(hf_dir)) as training:
         batch = batch_of(rows, stage)
         checkpoints = Checkpointer(work, training=training, stage=stage, loader=NoLoader())
         for _ in range(checkpoints.restore(), stage.train_iters):
+            total, tokens = training.evaluate(batch)
             outcome = training.step(batch)
+        training.gather_weights()
         if training.plan is not None:
             save_and_merge(
                 training.modules, training.plan, out / "adapter", hf_dir=hf_dir, work=out / "work"
             )
         save_folder(training.modules, out, like=hf_dir)
+    outcome["evaluated"] = total / tokens
     return outcome | {"weights": saved(out) if dist.get_rank() == 0 else {}}
 
 
@@ -209,6 +215,7 @@ def compare(before: dict, expected: dict, found: dict) -> dict[str, Any]:
     return {
         "loss": abs(found["loss"] - expected["loss"]),
         "grad_norm": abs(found["grad_norm"] / expected["grad_norm"] - 1),
+        "evaluated": abs(found["evaluated"] - found["loss"]),
         "clipped": expected["grad_norm"] > HYPER["clip_grad"],
         "keys": len(errors),
         "worst": [worst, errors[worst]],
@@ -222,7 +229,7 @@ def main(cases: list[dict[str, Any]], out: Path) -> None:
     for case in cases:
         hf_dir = Path(case["hf"])
         rows = samples_of(ConversationEncoder(hf_dir, task="sft"))
-        before = load_file(hf_dir / "model.safetensors")
+        before = saved(hf_dir)
         leads, expected = dist.get_rank() == 0, {}
         if leads:
             folder = out.parent / f"reference {case['name']}"

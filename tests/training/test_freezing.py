@@ -4,7 +4,8 @@ from torch import nn
 from vlmcore.errors import TrainError
 from vlmcore.families import FAMILIES
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training.freezing import apply_freezes, freeze_group, require_trainable
+from vlmcore.training.freeze_groups import require_trainable
+from vlmcore.training.freezing import apply_freezes, freeze_group
 
 STAGE = {"name": "s", "data": ("d",), "train_iters": 1}
 

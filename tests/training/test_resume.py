@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "model.safetensors")
 
 
-def kill(job_file: Path, environment: bytes) -> None:
-    """kill -9 for the job's processes that carry this environment variable."""
+def processes(job_file: Path, environment: bytes) -> list[int]:
+    """The job's processes that carry this environment variable."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
@@ -84,29 +87,51 @@ def kill(job_file: Path, environment: bytes) -> None:
         except OSError:
             continue
         if str(job_file).encode() in command and environment in variables:
-            os.kill(int(process.name), signal.SIGKILL)
+            found.append(int(process.name))
+    return sorted(found)
+
+
+def kill_once_written(files: Path, pattern: str, pids: list[int]) -> None:
+    while not list(files.glob(pattern)):
+        time.sleep(0.0005)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     killed = tmp_path / "killed"
+    scratch = killed / "scratch"
     seen: list[int] = []
 
-    def kill_after(step: int) -> Callable[[int], None]:
-        def on_step(found: int) -> None:
-            seen.append(found)
-            if found == step:
-                kill(killed / "job.json", b"RANK=1")
+    def on_step(found: int, at: int, action: Callable[[], None]) -> None:
+        seen.append(found)
+        if found == at:
+            action()
 
-        return on_step
+    def kill_a_rank() -> None:
+        for pid in processes(killed / "job.json", b"RANK=1"):  # its loader's workers too
+            os.kill(pid, signal.SIGKILL)
 
-    for step in (SAVE_INTERVAL + 2, 2 * SAVE_INTERVAL + 1):
-        with pytest.raises(ProcessError):
-            run(killed, kill_after(step))
-    run(killed, kill_after(-1))
+    def kill_while_writing() -> None:
+        pids = processes(killed / "job.json", b"WORLD_SIZE=2")
+        assert len(pids) >= 2
+        where = scratch, f"iter_{2 * SAVE_INTERVAL:07d}.partial/*.distcp", pids
+        threading.Thread(target=kill_once_written, args=where).start()
+
+    # the checkpoints of these runs are written by processes of their own, while training goes on
+    beside = {"async_save": True}
+    with pytest.raises(ProcessError, match=r"\nrank 1 was killed by SIGKILL; if nobody sent it"):
+        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank), **beside)
+    with pytest.raises(ProcessError, match=r"\nrank [01] was killed by SIGKILL"):
+        run(killed, lambda step: on_step(step, 2 * SAVE_INTERVAL - 1, kill_while_writing), **beside)
+    checkpoints = {path.name for path in scratch.glob("iter_*")}
+    assert checkpoints == {"iter_0000004", "iter_0000008.partial"}
+    run(killed, lambda step: on_step(step, -1, kill_a_rank), **beside)
 
     starts = [after for before, after in zip([99, *seen], seen, strict=False) if after < before]
-    assert starts == [0, SAVE_INTERVAL, 2 * SAVE_INTERVAL]
+    assert starts == [0, SAVE_INTERVAL, SAVE_INTERVAL]
+    assert {path.name for path in scratch.glob("iter_*")} == {"iter_0000008"}
     expected, found = metrics(whole), metrics(killed)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     # not only within 1e-5: ranks of one thread each add up in one order, so two runs from nothing

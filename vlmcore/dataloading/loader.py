@@ -37,6 +37,11 @@ def stage_task_encoder(stage: TrainStage, hf_dir: Path) -> ConversationTaskEncod
     encoder = ConversationEncoder(
         hf_dir, task=stage.task, limits=MediaLimits(**limits), loss_scale=stage.loss_scale
     )
+    return row_maker(stage, encoder)
+
+
+def row_maker(stage: TrainStage, encoder: ConversationEncoder) -> ConversationTaskEncoder:
+    """The same on an encoder that is there already, with counts of dropped samples of its own."""
     return ConversationTaskEncoder(
         encoder,
         max_length=stage.max_length,

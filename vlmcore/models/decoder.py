@@ -24,6 +24,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from vlmcore.models.arriving import await_weights
 from vlmcore.models.context_parallel import own_part
 from vlmcore.models.loss import token_losses
 
@@ -146,6 +147,7 @@ class Decoder(GPTModel):
             out: Tensor = super()._postprocess(hidden_states, **kwargs)
             return out
         tied = self.share_embeddings_and_output_weights
+        await_weights(self.output_layer)
         return token_losses(
             hidden_states,
             self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from vlmcore.families import LanguageModel, MixtureOfExperts
 from vlmcore.layout import Layout
 from vlmcore.models.decoder import Decoder, DecoderBlock, DecoderLayer
+from vlmcore.models.experts import GroupedExperts
 from vlmcore.models.layers import PackedAttention, PositionRotary, RMSNorm
 
 
@@ -80,6 +81,7 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype is torch.bfloat16,
+        fp16=params_dtype is torch.float16,
         calculate_per_token_loss=True,
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight is loaded
@@ -134,7 +136,7 @@ def build_language_model(
             it itself, after it has placed the image features.
     """
     block = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(model)] * get_num_layers_to_build(config, virtual_stage),
+        layer_specs=[_layer_spec(model, config)] * get_num_layers_to_build(config, virtual_stage),
         layer_norm=RMSNorm,
     )
     ends = {"ignore_virtual": False, "vp_stage": virtual_stage}
@@ -168,7 +170,7 @@ def build_language_model(
     return gpt
 
 
-def _layer_spec(model: LanguageModel) -> ModuleSpec:
+def _layer_spec(model: LanguageModel, config: TransformerConfig) -> ModuleSpec:
     """One decoder layer, with our layers in TransformerEngine's place."""
     if not moe_utils.HAVE_TE:
         # its router asks whether the name is None; ends when Megatron defines it without
@@ -187,6 +189,8 @@ def _layer_spec(model: LanguageModel) -> ModuleSpec:
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if model.moe:
+        if config.moe_grouped_gemm:
+            layer.submodules.mlp.submodules.experts.module = GroupedExperts
         # the local spec would store it under the name of a fused linear layer that is not there;
         # TransformerEngine's spec, whose checkpoints others write, keeps its own
         names = layer.submodules.sharded_state_dict_keys_map

@@ -9,7 +9,7 @@ group, L its length, H hidden, T tokens of the row on all context parallel ranks
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from vlmcore import megatron_cpu
 from vlmcore.models.context_parallel import chunks_of, context_parallel_size, whole_row
+
+MAX_MASKED = 1024  # queries whose mask over their keys is in memory at once
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +57,8 @@ class PackedAttention(nn.Module):
     The row stays [S, B, heads, D] (`qkv_format="sbhd"`), so that rotary positions apply to it
     directly; `cu_seqlens_q` says where each sample begins. Samples of similar length are padded
     together and run as one batched causal call: padding sits on the right, where a causal mask
-    never looks, so there is no T × T mask and at most twice the work.
+    never looks, so there is no T × T mask and at most twice the work. In half precision on a GPU
+    torch's kernel for samples of any length does without padding.
 
     Context parallel ranks hold the queries of their part of the row and share keys and values.
     """
@@ -90,6 +93,8 @@ class PackedAttention(nn.Module):
         query_SND = query_SBND[:, 0]
         key_TGD, value_TGD = whole_row(key_SBGD)[:, 0], whole_row(value_SBGD)[:, 0]
         pieces = _pieces(packed_seq_params.cu_seqlens_q.tolist(), _own_chunks(len(key_TGD)))
+        if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
+            return self._by_kernel(pieces, query_SND, key_TGD, value_TGD).flatten(1).unsqueeze(1)
         out = torch.empty_like(query_SND)
         for group in _groups_of_similar_length([p for p in pieces if p.is_whole]):
             index_PL = _padded_indices(group, "query").to(query_SND.device)
@@ -100,9 +105,34 @@ class PackedAttention(nn.Module):
             # padding points at the sample's last token; writing the real token last keeps it exact
             real = _real_positions(index_PL)
             out = out.index_put((index_PL[real],), context[real])
-        for piece in (p for p in pieces if not p.is_whole):
+        for piece in (part for p in pieces if not p.is_whole for part in p.parts(MAX_MASKED)):
             out = self._continue(piece, out, query_SND, key_TGD, value_TGD)
         return out.flatten(1).unsqueeze(1)
+
+    def _by_kernel(
+        self, pieces: Sequence[_Piece], query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+    ) -> Tensor:
+        """Torch's flash attention over samples of any length; half precision on a GPU alone.
+
+        Its causal mask lets the last query see the last key, as a piece's does.
+        """
+        from torch.nn.attention.varlen import varlen_attn
+
+        place = query_SND.device
+        lengths = [p.num_queries for p in pieces], [p.num_keys for p in pieces]
+        starts_q, starts_k = (
+            torch.tensor([0, *of]).cumsum(0).to(place, torch.int32) for of in lengths
+        )
+        if any(not p.is_whole for p in pieces):  # ranks that share a row see keys of others
+            seen = torch.cat([torch.arange(p.key, p.key + p.num_keys) for p in pieces]).to(place)
+            key_TGD, value_TGD = key_TGD[seen], value_TGD[seen]
+        context: Any = varlen_attn(
+            query_SND, key_TGD, value_TGD, starts_q, starts_k, *map(max, lengths),
+            scale=self.scale, window_size=(-1, 0),
+            enable_gqa=query_SND.shape[1] != key_TGD.shape[1],
+        )  # fmt: skip
+        whole: Tensor = context
+        return whole
 
     def _continue(
         self, piece: _Piece, out: Tensor, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
@@ -153,6 +183,13 @@ class _Piece:
     def is_whole(self) -> bool:
         """Whether it begins where its sample begins."""
         return self.num_queries == self.num_keys
+
+    def parts(self, size: int) -> Iterator[_Piece]:
+        """The same in turn, with so many queries each at most."""
+        before = self.num_keys - self.num_queries
+        for first in range(0, self.num_queries, size):
+            last = min(first + size, self.num_queries)
+            yield _Piece(self.query + first, self.key, last - first, before + last)
 
 
 def _own_chunks(num_tokens: int) -> tuple[tuple[int, int], ...]:

@@ -36,6 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from vlmcore.errors import TrainError
+from vlmcore.models.arriving import await_weights
 from vlmcore.models.build import sharded_state_dict
 from vlmcore.weights.adapter_plan import AdapterPlan, write_adapter_config
 from vlmcore.weights.adapters import AdapterSource
@@ -347,6 +348,8 @@ def _mark(module: nn.Module, low_rank: LowRank) -> None:
 
 
 def _low_ranks(module: LoraColumn | LoraRow | LoraLinear) -> list[LowRank]:
+    for low_rank in module.adapter.values():
+        await_weights(low_rank)  # nobody calls it
     return [cast(LowRank, low_rank) for low_rank in module.adapter.values()]
 
 

@@ -53,7 +53,9 @@ def token_losses(
     (trained_N,) = torch.where(labels_T >= 0)
     losses_T = hidden_TH.new_zeros(len(labels_T), dtype=torch.float32)
     if not len(trained_N):  # all the same: other ranks wait for this one's part of the gradient
-        return losses_T.view_as(labels_BS) + 0.0 * hidden_TH.sum()
+        # one row each reaches all of both, and its sum cannot overflow to 0 · inf
+        reach = hidden_TH[0].float().mean() + weight_VH[0].float().mean()
+        return losses_T.view_as(labels_BS) + 0.0 * reach
     compute = partial(_losses, num_rows=_rows_in_use(len(weight_VH), vocab_size))
     chunks = trained_N.split(chunk_tokens)
     parts = []

@@ -135,6 +135,21 @@ def see(
     return found
 
 
+def unreached_weights(
+    vision_model: nn.Module, inputs: Mapping[str, Any], tokens: Placeholders, *, dtype: torch.dtype
+) -> list[nn.Parameter]:
+    """Weights asking for a gradient that no feature depends on, so that none would ever come.
+
+    LLaVA takes the states of an inner layer of its tower: what stands above it is loaded and saved,
+    but has no part in the model. Arguments as for `see`.
+    """
+    asking = [weight for weight in vision_model.parameters() if weight.requires_grad]
+    features = see(vision_model, inputs, tokens, dtype=dtype)
+    total = torch.stack([x.float().mean() for f in features for x in (f.embedded, *f.deepstack)])
+    found = torch.autograd.grad(total.sum(), asking, allow_unused=True)
+    return [weight for weight, grad in zip(asking, found, strict=True) if grad is None]
+
+
 def _flat(features: Tensor | Sequence[Tensor]) -> Tensor:
     """[F, H] from a tensor per image, or one tensor of any leading dimensions."""
     if not isinstance(features, Tensor):

@@ -1,8 +1,9 @@
-"""Attention of Qwen's vision towers over all images of one length at once, where there is no GPU.
+"""Attention of transformers modules over what one row holds: images of a tower, samples of text.
 
-Without flash-attn, transformers' towers attend image by image (and window by window), a call each:
-with many small images in a row most of the time goes into the calls. `attend_by_length` has them
-attend once for each distinct length instead. It ends when transformers' own towers do so.
+Without flash-attn, transformers' towers attend image by image (and window by window), a call each,
+and its decoders know packed samples only as a T × T mask. `attend` takes a row as it is: with a GPU
+and half precision by torch's kernel for parts of any length, else once for each distinct length.
+It ends when transformers does so without flash-attn.
 """
 
 from __future__ import annotations
@@ -18,22 +19,28 @@ from torch import Tensor, nn
 NAME = "flash_by_length_on_sdpa"
 
 
+def register() -> None:
+    """Makes `attend` known to transformers under `NAME`, without a mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+
+
 def attend_by_length(vision_model: nn.Module) -> None:
     """Sets up a tower that knows where its images begin; leaves every other one as it is.
 
     Args:
         vision_model: From `build_vision_model`.
     """
-    from transformers import AttentionInterface
-
     tower: Any = getattr(vision_model, "visual", None)
     if tower is None or tower.config._attn_implementation != "sdpa":
         return
-    AttentionInterface.register(NAME, _attend)
+    register()
     tower.config._attn_implementation = NAME
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -42,24 +49,33 @@ def _attend(
     *,
     scaling: float,
     cu_seq_lens_q: Tensor,
+    max_length_q: Tensor | int | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Full attention within each image.
+    """Attention within each image or sample.
 
     Args:
-        module: The attention layer, unused.
+        module: The attention layer; says whether it is causal where `is_causal` does not.
         query: [1, heads, S, D]; so are `key` and `value`, with as many or fewer heads.
         key: See `query`.
         value: See `query`.
         attention_mask: None.
         scaling: Of the scores.
-        cu_seq_lens_q: Where images begin, [images + 1].
+        cu_seq_lens_q: Where images or samples begin, [images + 1], int32.
+        max_length_q: Tokens of the longest one, where the caller knows.
         dropout: Of the attention weights.
+        is_causal: Whether a token attends only to those before it.
 
     Returns:
         [1, S, heads, D], and no weights.
     """
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 after norms under autocast
+    if query.is_cuda and value.dtype != torch.float32 and not dropout:
+        longest = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q
+        return _by_kernel(query, key, value, cu_seq_lens_q, int(longest), scaling, causal), None
     starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     mixed = torch.empty_like(query[0].transpose(0, 1))  # [S, heads, D]
     for length in lengths.unique().tolist():
@@ -73,8 +89,37 @@ def _attend(
             for x in (query, key, value)
         )
         out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         rows = out.transpose(1, 2).flatten(0, 1)
         mixed = rows if whole else mixed.index_copy(0, where, rows)
     return mixed[None], None
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool,
+) -> Tensor:
+    """[1, S, heads, D] by torch's flash attention over parts of any length; needs a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    window = (-1, 0) if causal else (-1, -1)
+    grouped = q.shape[1] != k.shape[1]
+    out: Any = varlen_attn(
+        q, k, v, starts, starts, longest, longest,
+        scale=scale, window_size=window, enable_gqa=grouped,
+    )  # fmt: skip
+    whole: Tensor = out[None]
+    return whole

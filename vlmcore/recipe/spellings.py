@@ -98,7 +98,7 @@ OTHERWISE: dict[str, tuple[str, str]] = {
         "micro_batch_size × data parallel size × gradient_accumulation_steps",
     ),
     "bf16": ("torch_dtype", "bfloat16"),
-    "fp16": ("torch_dtype", "bfloat16 or float32"),
+    "fp16": ("torch_dtype", "float16"),
 }
 
 # Values of fields with a fixed choice.

@@ -15,13 +15,66 @@ Fault = tuple[tuple[str | int, ...], str]
 def stage_faults(stage: TrainStage) -> list[Fault]:
     """Every such fault."""
     return [
+        *_engine_faults(stage),
         *_freeze_faults(stage),
         *_tuner_faults(stage),
         *_schedule_faults(stage),
         *_layout_faults(stage),
         *_recompute_faults(stage),
+        *_precision_faults(stage),
+        *_offload_faults(stage),
+        *_overlap_faults(stage),
+        *_evaluation_faults(stage),
+        *_node_faults(stage),
         *_sample_faults(stage),
     ]
+
+
+# Fields that one engine alone reads.
+_MEGATRON = (
+    "tensor_model_parallel_size", "sequence_parallel", "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "recompute_method", "recompute_num_layers", "recompute_modules",
+    "optimizer_offload_fraction", "overlap_grad_reduce", "overlap_param_gather", "ddp_bucket_size",
+    "async_save", "moe_grouped_gemm", "moe_permute_fusion",
+)  # fmt: skip
+_TRANSFORMERS = ("deepspeed", "fsdp")
+
+
+def _engine_faults(stage: TrainStage) -> Iterator[Fault]:
+    foreign = {"megatron": _TRANSFORMERS, "transformers": _MEGATRON}
+    for name in foreign[stage.engine]:
+        if _is_said(stage, name):
+            yield (name,), f"has no part in engine {stage.engine}; leave it out"
+    if stage.engine == "megatron":
+        if stage.tuner_type in ("dora", "qlora"):
+            yield ("tuner_type",), f"{stage.tuner_type} needs engine transformers; use lora"
+        return
+    if stage.torch_dtype == "float16":
+        yield ("torch_dtype",), "float16 needs engine megatron; use bfloat16"
+    if stage.recompute_granularity == "selective":
+        yield ("recompute_granularity",), "selective needs engine megatron; use full"
+    if stage.optimizer_cpu_offload:
+        yield ("optimizer_cpu_offload",), "write deepspeed: zero2_offload with engine transformers"
+    if stage.deepspeed is not None and stage.fsdp is not None:
+        yield ("fsdp",), "deepspeed shares the model out too; leave one of them out"
+    if stage.shares_weights_by_deepspeed:
+        yield from _zero3_faults(stage)
+    if stage.tuner_type == "qlora" and (stage.deepspeed or stage.fsdp):
+        name = "deepspeed" if stage.deepspeed else "fsdp"
+        yield (name,), "cannot cut the 4-bit weights of qlora; leave it out, or use lora"
+
+
+def _zero3_faults(stage: TrainStage) -> Iterator[Fault]:
+    """What recomputation under ZeRO-3 would leave without a gradient."""
+    if stage.vit_gradient_checkpointing and stage.tuner_type != "full":
+        text = "would leave adapters of the tower without gradients under deepspeed zero3"
+        yield ("vit_gradient_checkpointing",), f"{text}; leave it out, or use fsdp"
+    if stage.recompute_granularity == "full":
+        for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+            if _is_said(stage, name):
+                text = "gets no gradient from layers that deepspeed zero3 computes again"
+                yield (name,), f"{text}; use fsdp, or recompute_granularity none"
 
 
 def _freeze_faults(stage: TrainStage) -> Iterator[Fault]:
@@ -42,7 +95,7 @@ def _tuner_faults(stage: TrainStage) -> Iterator[Fault]:
     if stage.tuner_type == "full":
         for name in ("target_modules", "lora_rank", "lora_alpha", "use_rslora"):
             if _is_said(stage, name):
-                yield (name,), "needs tuner_type lora or lora_llm; leave it out"
+                yield (name,), "needs tuner_type lora, or another with adapters; leave it out"
         return
     if stage.trainable_parameters_regex:
         text = "adapters train, not weights; use tuner_type full, or lora_llm for the vision side"
@@ -70,9 +123,10 @@ def _schedule_faults(stage: TrainStage) -> Iterator[Fault]:
 def _layout_faults(stage: TrainStage) -> Iterator[Fault]:
     tensor = stage.tensor_model_parallel_size
     layout = stage.layout
-    ranks = stage.nproc_per_node
+    ranks = stage.num_ranks
     dense = stage.model_parallel_size
-    wanted = f"does not divide nproc_per_node {ranks}; use a divisor"
+    what = "nproc_per_node" if stage.nnodes == 1 else "nnodes × nproc_per_node ="
+    wanted = f"does not divide {what} {ranks}; use a divisor"
     if dense == tensor and ranks % tensor:
         yield ("tensor_model_parallel_size",), f"{tensor} {wanted}"
     elif ranks % dense:
@@ -121,6 +175,47 @@ def _recompute_faults(stage: TrainStage) -> Iterator[Fault]:
             yield (name,), "only for recompute_granularity full; leave it out"
     if _is_said(stage, "recompute_modules") and stage.recompute_granularity != "selective":
         yield ("recompute_modules",), "only for recompute_granularity selective; leave it out"
+
+
+def _precision_faults(stage: TrainStage) -> Iterator[Fault]:
+    if stage.torch_dtype != "float16":
+        for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+            if _is_said(stage, name):
+                yield (name,), "only for torch_dtype float16; leave it out"
+    elif stage.min_loss_scale > stage.initial_loss_scale:
+        text = f"{stage.min_loss_scale:g} is above initial_loss_scale; lower it"
+        yield ("min_loss_scale",), text
+
+
+def _offload_faults(stage: TrainStage) -> Iterator[Fault]:
+    if not stage.optimizer_cpu_offload:
+        if _is_said(stage, "optimizer_offload_fraction"):
+            yield ("optimizer_offload_fraction",), "only with optimizer_cpu_offload; leave it out"
+    elif stage.engine == "megatron" and stage.torch_dtype != "bfloat16":
+        text = f"needs torch_dtype bfloat16, found {stage.torch_dtype}: Megatron's hybrid optimizer"
+        yield ("optimizer_cpu_offload",), text + " cannot resume another; leave it out"
+
+
+def _overlap_faults(stage: TrainStage) -> Iterator[Fault]:
+    if stage.overlap_grad_reduce:
+        return
+    for name in ("overlap_param_gather", "ddp_bucket_size"):
+        if _is_said(stage, name):
+            yield (name,), "needs overlap_grad_reduce; set it to true, or leave this out"
+
+
+def _evaluation_faults(stage: TrainStage) -> Iterator[Fault]:
+    if stage.eval_interval is None:
+        for name in ("eval_iters", "eval_split", "load_best_model_at_end"):
+            if _is_said(stage, name):
+                yield (name,), "needs eval_interval; say how often to evaluate, or leave this out"
+
+
+def _node_faults(stage: TrainStage) -> Iterator[Fault]:
+    if stage.nnodes == 1:
+        for name in ("node_rank", "master_addr", "master_port"):
+            if _is_said(stage, name):
+                yield (name,), "only for nnodes above 1; leave it out"
 
 
 def _is_said(stage: TrainStage, name: str) -> bool:

@@ -26,8 +26,10 @@ class TrainStage(Section):
     task: Literal["pt", "sft"] = Field(
         default="sft", description="`pt`: loss on all text; `sft`: loss on assistant turns only."
     )
-    engine: Literal["megatron"] = Field(
-        default="megatron", description="`megatron`: Megatron-Core under torchrun."
+    engine: Literal["megatron", "transformers"] = Field(
+        default="megatron",
+        description="`megatron`: Megatron-Core, with every kind of parallelism; `transformers`: "
+        "transformers and peft on data parallel ranks, see deepspeed and fsdp.",
     )
     model: Literal["vlm", "llm"] = Field(
         default="vlm",
@@ -35,10 +37,11 @@ class TrainStage(Section):
         "swap.",
     )
     data: tuple[str, ...] = Field(min_length=1, description="Names of datasets under `data:`.")
-    tuner_type: Literal["full", "lora", "lora_llm"] = Field(
+    tuner_type: Literal["full", "lora", "lora_llm", "dora", "qlora"] = Field(
         default="full",
         description="`full`: all unfrozen weights; `lora`: adapters alone; `lora_llm`: adapters in "
-        "the language model, the unfrozen weights of the vision side.",
+        "the language model, the unfrozen weights of the vision side; `dora`: adapters that learn "
+        "magnitudes apart; `qlora`: adapters on 4-bit weights (the last two: transformers).",
     )
     target_modules: tuple[str, ...] = Field(
         default=(),
@@ -57,7 +60,8 @@ class TrainStage(Section):
     freeze_llm: bool = Field(default=False, description="Keep the language model as it is.")
     trainable_parameters_regex: str = Field(
         default="",
-        description="Parameters whose names match train too, although their group is frozen.",
+        description="Parameters whose names match train too, although their group is frozen; names "
+        "as the engine has them.",
     )
     seed: int = Field(default=1234, ge=0, description="Seed of data order and initialisation.")
 
@@ -145,8 +149,22 @@ class TrainStage(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW beta 2.")
     adam_eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
     clip_grad: float = Field(default=1.0, ge=0, description="Global gradient norm at most; 0: off.")
-    torch_dtype: Literal["float32", "bfloat16"] = Field(
+    torch_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="bfloat16", description="Dtype of weights and activations."
+    )
+    initial_loss_scale: float = Field(
+        default=2.0**32,
+        ge=1,
+        description="float16: what the loss is multiplied with at first, lest gradients vanish.",
+    )
+    min_loss_scale: float = Field(
+        default=1.0, ge=1, description="float16: that factor at least; an overflow there ends it."
+    )
+    loss_scale_window: int = Field(
+        default=1000, gt=0, description="float16: steps without an overflow that double the factor."
+    )
+    hysteresis: int = Field(
+        default=2, gt=0, description="float16: overflows before the factor is halved."
     )
 
     # experts
@@ -155,6 +173,16 @@ class TrainStage(Section):
     )
     moe_z_loss_coeff: float = Field(
         default=0.0, ge=0, description="Weight of the loss on large router logits; 0: off."
+    )
+
+    moe_grouped_gemm: bool = Operational(
+        default=False,
+        description="Compute a layer's experts together, on a copy of their weights, not in turn.",
+    )
+    moe_permute_fusion: bool = Operational(
+        default=False,
+        description="Sort tokens by expert in one kernel of TransformerEngine's; without it, as "
+        "if false.",
     )
 
     # memory
@@ -174,8 +202,54 @@ class TrainStage(Section):
         default=False, description="Compute the vision tower's layers again in backward."
     )
 
+    optimizer_cpu_offload: bool = Operational(
+        default=False, description="Keep AdamW's state and fp32 weights in the host's memory."
+    )
+    optimizer_offload_fraction: Fraction = Operational(
+        default=1.0, description="Share of the trained parameters that is offloaded (0 to 1)."
+    )
+
+    # communication
+    overlap_grad_reduce: bool = Operational(
+        default=False, description="Sum gradients over data parallel ranks during backward."
+    )
+    overlap_param_gather: bool = Operational(
+        default=False, description="Gather updated weights during the next forward pass."
+    )
+    ddp_bucket_size: int | None = Operational(
+        default=None,
+        gt=0,
+        description="Parameters that overlap_grad_reduce sends together; empty: 40 million, or one "
+        "million a data parallel rank where that is more.",
+    )
+
     # layout
-    nproc_per_node: int = Field(default=1, gt=0, description="Ranks that torchrun starts.")
+    deepspeed: Literal["zero2", "zero2_offload", "zero3", "zero3_offload"] | None = Field(
+        default=None,
+        description="transformers: ranks share gradients and optimizer (`zero2`), weights too "
+        "(`zero3`); `_offload` keeps what is shared in the host's memory. Empty: a rank has all.",
+    )
+    fsdp: Literal["fsdp2"] | None = Field(
+        default=None,
+        description="transformers: ranks share weights, gradients and optimizer by torch's own "
+        "FSDP2; for models that do not fit one GPU.",
+    )
+    nproc_per_node: int = Field(
+        default=1, gt=0, description="Ranks that torchrun starts on each node."
+    )
+    nnodes: int = Field(default=1, gt=0, description="Machines that train the stage together.")
+    node_rank: int | None = Operational(
+        default=None, ge=0, description="Which of them this is, from 0; empty: $NODE_RANK, else 0."
+    )
+    master_addr: str | None = Operational(
+        default=None, description="Address of the first of them; empty: $MASTER_ADDR."
+    )
+    master_port: int | None = Operational(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Port where they meet; empty: $MASTER_PORT, else 29500.",
+    )
     tensor_model_parallel_size: int = Field(default=1, gt=0, description="Tensor parallel size.")
     sequence_parallel: bool = Field(
         default=False, description="Split norms and dropout over the tensor parallel ranks too."
@@ -196,12 +270,33 @@ class TrainStage(Section):
         default=1, gt=0, description="Parts that each expert is cut into."
     )
 
+    # held-out loss
+    eval_interval: int | None = Field(
+        default=None,
+        gt=0,
+        description="Steps between evaluations on what the stage's datasets hold out, and one at "
+        "the end; empty: none.",
+    )
+    eval_iters: int = Field(
+        default=10, gt=0, description="Batches of global_batch_size an evaluation reads at most."
+    )
+    eval_split: Literal["val", "test"] = Field(
+        default="val", description="The split that is held out; see split_ratios of a dataset."
+    )
+    load_best_model_at_end: bool = Field(
+        default=False,
+        description="The stage ends with the weights of the lowest held-out loss, not the last.",
+    )
+
     # running it
     save_interval: int = Operational(
         default=100, gt=0, description="Steps between checkpoints a killed run goes on from."
     )
     save_total_limit: int = Operational(
         default=1, gt=0, description="Such checkpoints that are kept at a time, the newest ones."
+    )
+    async_save: bool = Operational(
+        default=False, description="Write those checkpoints beside the training that goes on."
     )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
@@ -218,11 +313,21 @@ class TrainStage(Section):
         return Layout(**{field.name: getattr(self, field.name) for field in fields(Layout)})
 
     @property
+    def shares_weights_by_deepspeed(self) -> bool:
+        """Whether ranks hold parts of the weights, which DeepSpeed gathers module by module."""
+        return self.deepspeed in ("zero3", "zero3_offload")
+
+    @property
     def row_multiple(self) -> int:
         """Rows are padded to a multiple of so many tokens, so that ranks hold equal parts."""
         tensor = self.tensor_model_parallel_size if self.sequence_parallel else 1
         context = self.context_parallel_size
         return tensor * (2 * context if context > 1 else 1)
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.nproc_per_node * self.nnodes
 
     @property
     def model_parallel_size(self) -> int:
@@ -236,7 +341,7 @@ class TrainStage(Section):
     @property
     def data_parallel_size(self) -> int:
         """Ranks that read different data."""
-        return self.nproc_per_node // self.model_parallel_size
+        return self.num_ranks // self.model_parallel_size
 
     @property
     def num_micro_batches(self) -> int:

@@ -49,16 +49,24 @@ def loss_plot_svg(metrics: Sequence[Mapping[str, Any]], *, title: str) -> str:
     """Loss (left axis) and learning rate (right axis) over the steps, as a stand-alone SVG.
 
     Args:
-        metrics: The lines of metrics.jsonl: `step`, `loss`, `learning_rate`. A loss that is not
-            finite is left out and counted below the axis.
+        metrics: The lines of metrics.jsonl: `step`, `loss`, `learning_rate`, and `eval_loss` where
+            held-out data were looked at. A loss that is not finite is left out and counted below
+            the axis.
     """
     losses = [(row["step"], row["loss"]) for row in metrics if math.isfinite(row["loss"])]
+    held_out = [
+        (row["step"], row["eval_loss"])
+        for row in metrics
+        if math.isfinite(row.get("eval_loss", math.nan))
+    ]
     rates = [(row["step"], row["learning_rate"]) for row in metrics]
     window = max(1, len(losses) // 40)
     smooth = _smoothed(losses, window=window)
     before_first = min((step for step, _ in rates), default=1) - 1
     x = Axis(before_first, _above([step for step, _ in rates]), LEFT, RIGHT)
-    loss_axis = _loss_axis([loss for _, loss in losses], [loss for _, loss in smooth])
+    loss_axis = _loss_axis(
+        [loss for _, loss in [*losses, *held_out]], [loss for _, loss in [*smooth, *held_out]]
+    )
     rate_axis = Axis(0, _above([rate for _, rate in rates]) * 1.08, BOTTOM, TOP)
     return render(
         "loss_plot.svg.jinja",
@@ -76,6 +84,7 @@ def loss_plot_svg(metrics: Sequence[Mapping[str, Any]], *, title: str) -> str:
         raw=_points(_thinned(losses), x, loss_axis),
         smooth=_points(_thinned(smooth), x, loss_axis),
         rate=_points(_thinned(rates), x, rate_axis),
+        held_out=[(x(step), loss_axis(loss)) for step, loss in _thinned(held_out)],
     )
 
 

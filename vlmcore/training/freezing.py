@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +19,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from vlmcore import megatron_cpu
-from vlmcore.errors import TrainError
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.families.shell import VISION_PREFIX
 from vlmcore.models.build import sharded_state_dict
 from vlmcore.recipe.train_stage import TrainStage
-
-GROUPS: tuple[FreezeGroup, ...] = ("aligner", "llm", "vit")
+from vlmcore.training.freeze_groups import GROUPS, frozen_groups
 
 
 def freeze_group(parameter: str, family: Family) -> FreezeGroup:
@@ -33,11 +31,6 @@ def freeze_group(parameter: str, family: Family) -> FreezeGroup:
     if family.vision is not None and parameter.startswith(VISION_PREFIX):
         return family.group_of("model." + parameter.removeprefix(VISION_PREFIX))
     return "llm"
-
-
-def frozen_groups(stage: TrainStage) -> Mapping[FreezeGroup, bool]:
-    """Which groups a stage keeps as they are."""
-    return {"vit": stage.freeze_vit, "aligner": stage.freeze_aligner, "llm": stage.freeze_llm}
 
 
 def apply_freezes(model: nn.Module, family: Family, stage: TrainStage) -> None:
@@ -79,19 +72,6 @@ def trainable_table(chunks: Sequence[MegatronModule], family: Family) -> dict[st
         for group, (all_of, trained) in zip(GROUPS, everyone.tolist(), strict=True)
         if all_of
     }
-
-
-def require_trainable(table: Mapping[str, Mapping[str, int]], stage: TrainStage) -> None:
-    """Refuses a stage that would change nothing.
-
-    Raises:
-        TrainError: Nothing is left to train.
-    """
-    if not any(row["trainable"] for row in table.values()):
-        raise TrainError(
-            f"train.{stage.name}: nothing is trainable: the model has {', '.join(sorted(table))}, "
-            f"all frozen; set one of freeze_vit, freeze_aligner, freeze_llm to false"
-        )
 
 
 def _elements_held_first(entry: Any) -> int:

@@ -33,3 +33,9 @@ class TrainJob(BaseModel):
     datasets: tuple[Path, ...]
     output_dir: Path
     scratch_dir: Path
+
+    @property
+    def hf_dir(self) -> Path:
+        """Where config, tokenizer and processor stand."""
+        sidecar = self.model_dir / "hf"
+        return sidecar if sidecar.is_dir() else self.model_dir

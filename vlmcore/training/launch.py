@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 from vlmcore import compat, proc
 from vlmcore.errors import ProcessError, TrainError
 from vlmcore.layout import Layout, ranks_for
+from vlmcore.training.nodes import ONE_NODE, Nodes
 from vlmcore.training.progress import parse_error, parse_progress
+from vlmcore.training.rank_failure import RankFailures
 
 Progress = Callable[[dict[str, Any]], None]
-TRACEBACK_LINES = 40
 
 
 def launch(
@@ -26,6 +26,7 @@ def launch(
     nproc_per_node: int,
     log_path: Path,
     on_progress: Progress | None = None,
+    nodes: Nodes = ONE_NODE,
 ) -> None:
     """Runs `python -m module` on every rank to its end; the whole output goes to `log_path`.
 
@@ -34,6 +35,7 @@ def launch(
         arguments: Its command line.
         nproc_per_node: Ranks on this machine.
         log_path: Where the output goes.
+        nodes: Which machine of how many this is.
         on_progress: Gets the values of each progress line.
 
     Raises:
@@ -41,41 +43,40 @@ def launch(
         ProcessError: A rank died; the message carries its traceback, or the end of the output.
     """
     errors: list[str] = []
-    traceback: deque[str] = deque(maxlen=TRACEBACK_LINES)
+    failures = RankFailures()
 
     def hear(line: str) -> None:
-        if line.startswith("[rank"):  # torch marks the traceback of a rank that dies
-            traceback.append(line)
+        failures.hear(line)
         if (values := parse_progress(line)) is not None:
             if on_progress is not None:
                 on_progress(values)
         elif (error := parse_error(line)) is not None:
             errors.append(error)
 
-    command, extra = _command(module, arguments, nproc_per_node=nproc_per_node)
+    command, extra = _command(module, arguments, nproc_per_node=nproc_per_node, nodes=nodes)
     env = compat.child_env() | extra
     try:
         proc.run_logged(command, log_path=log_path, on_line=hear, env=env)
     except proc.ChildFailedError as failure:
         if errors:
             raise TrainError(errors[0]) from failure
-        if traceback:
-            lines = "\n".join(traceback)
+        if cause := failures.cause():
             raise ProcessError(
-                f"{module}: a rank died (whole output: {log_path}):\n{lines}"
+                f"{module}: a rank died (whole output: {log_path}):\n{cause}"
             ) from failure
         raise
 
 
 def _command(
-    module: str, arguments: Sequence[str], *, nproc_per_node: int
+    module: str, arguments: Sequence[str], *, nproc_per_node: int, nodes: Nodes
 ) -> tuple[list[str], dict[str, str]]:
     """What starts the ranks, and its extra environment."""
-    if nproc_per_node == 1:  # one rank needs no launcher, which would import torch once more
+    # one rank needs no launcher, which would import torch once more
+    if nodes.nnodes == nproc_per_node == 1:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         alone["MASTER_PORT"] = str(proc.free_port())
         return [sys.executable, "-m", module, *arguments], alone
-    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", *nodes.rendezvous()]
     ranks = ["--nproc-per-node", str(nproc_per_node)]
     return [sys.executable, *torchrun, *ranks, "-m", module, *arguments], {}
 

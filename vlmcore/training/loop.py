@@ -1,4 +1,4 @@
-"""The training loop of the megatron engine: from a job to a trained model folder."""
+"""The training loop of every engine: from a job to a trained model folder."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.energon.savable_loader import SavableDataLoader
+from torch import Tensor
 
 from vlmcore import megatron_cpu
-from vlmcore.dataloading.encode import dummy_vision_inputs
-from vlmcore.dataloading.loader import stage_loader, stage_task_encoder, stop_workers
+from vlmcore.dataloading.encode import ConversationEncoder, dummy_vision_inputs
+from vlmcore.dataloading.loader import row_maker, stage_loader, stage_task_encoder, stop_workers
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
-from vlmcore.models.folder import config_dir, save_folder
+from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.checkpoint import Checkpointer
-from vlmcore.training.job import ADAPTER, METRICS, TRAINABLE, TrainJob
-from vlmcore.training.model import Training, prepare
+from vlmcore.training.engine import Engine
+from vlmcore.training.held_out import HeldOut
+from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
 from vlmcore.training.progress import MetricsFile, report_progress
 from vlmcore.training.throughput import Throughput
-from vlmcore.training.tuning import save_and_merge
 
 
 def train(job: TrainJob) -> None:
@@ -36,48 +37,56 @@ def train(job: TrainJob) -> None:
         TrainError: Nothing trainable, an impossible layout, or a loss that is not finite.
     """
     stage = job.stage
-    hf_dir = config_dir(job.model_dir)
-    task_encoder = stage_task_encoder(stage, hf_dir)
-    training = prepare(stage, job.model_dir, idle_inputs=dummy_vision_inputs(task_encoder.encoder))
+    task_encoder = stage_task_encoder(stage, job.hf_dir)
+    training = _prepare(job, dummy_vision_inputs(task_encoder.encoder))
     loader = stage_loader(
         stage,
         job.datasets,
         task_encoder,
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=training.data_parallel_rank,
+        data_parallel_size=training.data_parallel_size,
         blend_file=job.scratch_dir / f"blend_{dist.get_rank()}.yaml",
     )
     try:
-        _run_steps(job, training, loader)
+        _run_steps(job, training, loader, task_encoder.encoder)
     finally:
         stop_workers(loader)
 
-    if training.plan is not None:
-        save_and_merge(
-            training.modules,
-            training.plan,
-            job.output_dir / ADAPTER,
-            hf_dir=hf_dir,
-            work=job.scratch_dir / ADAPTER,
-        )
-    save_folder(training.modules, job.output_dir, like=job.model_dir)
+    training.write(job)
     if dist.get_rank() == 0:
         shutil.copyfile(job.scratch_dir / METRICS, job.output_dir / METRICS)
         table = json.dumps(training.trainable, indent=1)
         (job.output_dir / TRAINABLE).write_text(table + "\n")
 
 
-def _run_steps(job: TrainJob, training: Training, loader: SavableDataLoader[PackedRow]) -> None:
+def _prepare(job: TrainJob, idle_inputs: Mapping[str, Tensor]) -> Engine:
+    """The stage's model on this rank; an engine's libraries are imported where it is asked for."""
+    if job.stage.engine == "megatron":
+        from vlmcore.training.model import prepare
+
+        return prepare(job.stage, job.model_dir, idle_inputs=idle_inputs)
+    from vlmcore.training.transformers_engine import prepare as prepare_transformers
+
+    return prepare_transformers(job.stage, job.model_dir, idle_inputs=idle_inputs)
+
+
+def _run_steps(
+    job: TrainJob,
+    training: Engine,
+    loader: SavableDataLoader[PackedRow],
+    encoder: ConversationEncoder,
+) -> None:
     """Trains from the last checkpoint, or the start, to the last step."""
     stage = job.stage
     checkpoints = Checkpointer(job.scratch_dir, training=training, stage=stage, loader=loader)
     start = checkpoints.restore()
+    held_out = HeldOut(job, training, row_maker(stage, encoder), after_step=start)
     leads = dist.get_rank() == 0
     metrics = MetricsFile(job.scratch_dir / METRICS, after_step=start) if leads else None
     if leads:
         report_progress(step=start, total=stage.train_iters, trainable=training.trainable)
 
-    config = read_config(config_dir(job.model_dir))
+    config = read_config(job.hf_dir)
     throughput = Throughput(family_of(config).language_model(config), stage)
     rows = iter(loader)
     for step in range(start + 1, stage.train_iters + 1):
@@ -87,20 +96,31 @@ def _run_steps(job: TrainJob, training: Training, loader: SavableDataLoader[Pack
         loaded = time.perf_counter()
         learning_rate = training.learning_rate
         outcome = training.step(batch)
-        training.schedule.step(increment=1)
         outcome |= {"step": step, "learning_rate": learning_rate, "data_s": loaded - began}
         outcome |= throughput(outcome, step_s=time.perf_counter() - began)
+        is_bad = _is_bad(outcome, stage)
+        if held_out.is_due(step) and not is_bad:
+            outcome |= held_out(step)
         if metrics is not None:
             metrics.write(outcome)
-        if not math.isfinite(outcome["loss"]) or not math.isfinite(outcome["grad_norm"]):
+        if is_bad:
             _stop_on_bad_loss(job, batch, outcome)
         last = step == stage.train_iters
         if leads and (last or step % stage.log_interval == 0 or step == start + 1):
             report_progress(total=stage.train_iters, **outcome)
+        checkpoints.publish(wait=last)
         if not last and step % stage.save_interval == 0:
             checkpoints.save(step)
     if metrics is not None:
         metrics.close()
+    held_out.load_best()
+
+
+def _is_bad(outcome: Mapping[str, Any], stage: TrainStage) -> bool:
+    """Whether training has come to its end: no finite loss, or no finite gradient to go on with."""
+    if not outcome["updated"] and math.isfinite(outcome["loss"]):  # an overflow of fp16
+        return bool(outcome["loss_scale"] <= stage.min_loss_scale)
+    return not (math.isfinite(outcome["loss"]) and math.isfinite(outcome["grad_norm"]))
 
 
 def _stop_on_bad_loss(job: TrainJob, batch: list[PackedRow], outcome: dict[str, Any]) -> None:

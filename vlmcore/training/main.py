@@ -33,9 +33,16 @@ def main() -> None:
 
 
 def _run(job: TrainJob) -> None:
+    stage = job.stage
+    if stage.engine == "transformers":
+        from vlmcore.training.loop import train
+        from vlmcore.training.ranks import data_parallel_ranks
+
+        with data_parallel_ranks(num_threads=stage.num_threads, seed=stage.seed):
+            train(job)
+        return
     from vlmcore.training.distributed import model_parallel, process_group
 
-    stage = job.stage
     with (
         process_group(num_threads=stage.num_threads),
         model_parallel(stage.layout, seed=stage.seed),

@@ -99,9 +99,8 @@ def build_optimizer(
 
     Biases and norms do not decay; groups with a rate of their own reach `min_lr` in proportion.
     """
-    _teach_megatron()
+    _teach_megatron(offloads=stage.optimizer_cpu_offload)
     bucket_padding.install()
-    bf16 = stage.torch_dtype == "bfloat16"
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.learning_rate,
@@ -111,9 +110,20 @@ def build_optimizer(
         adam_beta2=stage.adam_beta2,
         adam_eps=stage.adam_eps,
         clip_grad=stage.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=stage.torch_dtype == "bfloat16",
+        fp16=stage.torch_dtype == "float16",
+        params_dtype=getattr(torch, stage.torch_dtype),
+        initial_loss_scale=stage.initial_loss_scale,
+        min_loss_scale=stage.min_loss_scale,
+        loss_scale_window=stage.loss_scale_window,
+        hysteresis=stage.hysteresis,
         use_distributed_optimizer=True,
+        overlap_param_gather=stage.overlap_param_gather,
+        optimizer_cpu_offload=stage.optimizer_cpu_offload,
+        optimizer_offload_fraction=stage.optimizer_offload_fraction,
+        # the hybrid optimizer's checkpoints go by the path that this opens
+        use_precision_aware_optimizer=stage.optimizer_cpu_offload,
+        overlap_cpu_optimizer_d2h_h2d=True,
     )
     overrides: Any = get_standard_config_overrides(config)
     rates: dict[FreezeGroup, float | None] = {"vit": stage.vit_lr, "aligner": stage.aligner_lr}
@@ -123,7 +133,11 @@ def build_optimizer(
             # a checkpoint tells groups of parameters apart by lr_mult
             override = {"max_lr": rate, "min_lr": stage.min_lr * ratio, "lr_mult": ratio}
             overrides[_key_of(group, family)] = override
-    return get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.init_state_fn is not None:  # a checkpoint may come before the first update
+            part.init_state_fn(part.optimizer, config)
+    return optimizer
 
 
 def _key_of(group: FreezeGroup, family: Family) -> ParamKey:
@@ -157,15 +171,24 @@ def build_schedule(optimizer: MegatronOptimizer, stage: TrainStage) -> Schedule:
     )
 
 
-def _teach_megatron() -> None:
-    """Puts GroupStepAdam where Megatron looks for a fused Adam, unless there is one."""
+class HostAdamW(torch.optim.AdamW):
+    """What updates offloaded parameters; Megatron tells it from the device's by its class."""
+
+
+def _teach_megatron(*, offloads: bool) -> None:
+    """Puts GroupStepAdam where Megatron looks for a fused Adam, unless there is one.
+
+    Beside offloaded parameters the rest is torch's too: after a resume the hybrid optimizer of 0.16
+    would set a `step` of the group back before every update.
+    """
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
     package: Any = optimizer
     sharded: Any = distrib_optimizer
-    if not package.USING_PYTORCH_OPTIMIZER:
-        return
-    package.Adam = sharded.Adam = GroupStepAdam
-    package.USING_PYTORCH_OPTIMIZER = False
-    sharded.HAVE_APEX_OR_TE = sharded.USING_APEX_OPTIMIZER = True
+    if package.USING_PYTORCH_OPTIMIZER:
+        package.Adam = sharded.Adam = GroupStepAdam
+        package.USING_PYTORCH_OPTIMIZER = False
+        sharded.HAVE_APEX_OR_TE = sharded.USING_APEX_OPTIMIZER = True
+    if offloads:
+        package.Adam, package.CPUAdam = torch.optim.AdamW, HostAdamW

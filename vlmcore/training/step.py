@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from vlmcore import megatron_cpu
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.models.context_parallel import own_part
+from vlmcore.training.counts import counts_of, num_real
 from vlmcore.training.router_losses import RouterLosses
 
 
@@ -45,26 +47,41 @@ class TrainStep:
 
         Returns:
             On every rank the same: loss (a mean over trained tokens of all data parallel ranks),
-            gradient norm, the routers' losses, and counts of tokens, trained tokens, samples and
-            dropped samples over all data parallel ranks.
+            gradient norm (infinite where fp16 overflowed, and the step is skipped), the routers'
+            losses, and counts of tokens, trained tokens, samples and dropped samples over all data
+            parallel ranks.
         """
-        counts = _counts(batch)
+        counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
         if self.router_losses is not None:
             self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        scale = float(self.optimizer.get_loss_scale())  # of this step; the update may change it
         parts = self._forward_backward(batch, forward_only=False)
         updated, grad_norm, _ = self.optimizer.step()
         outcome = {
             "loss": _over_all_ranks(parts) / max(counts["loss_tokens"], 1),
-            "grad_norm": float(grad_norm),
+            "grad_norm": math.inf if grad_norm is None else float(grad_norm),
             "updated": bool(updated),
             **counts,
         }
+        if self.chunks[0].config.fp16:
+            outcome["loss_scale"] = scale
         if self.router_losses is not None:
             outcome |= self.router_losses.collect(num_micro_batches=len(batch))
         return outcome
+
+    @torch.no_grad()
+    def losses(self, batch: Sequence[PackedRow]) -> tuple[float, int]:
+        """Sum of the losses and number of the trained tokens of all ranks; nothing is updated."""
+        counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
+        for chunk in self.chunks:
+            chunk.eval()
+        parts = self._forward_backward(batch, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return _over_all_ranks(parts), counts["loss_tokens"]
 
     def _forward_backward(self, batch: Sequence[PackedRow], *, forward_only: bool) -> list[Tensor]:
         """Sums of losses by micro batch, on the last pipeline stage."""
@@ -112,43 +129,15 @@ def packed_seq_params(row: PackedRow) -> PackedSeqParams:
     )
 
 
-def _num_real(row: PackedRow) -> int:
-    """Tokens of samples; what follows pads the row."""
-    return int(row.cu_seqlens[row.num_samples])
-
-
-def _attended_pairs(row: PackedRow) -> int:
-    """Pairs of a token and one that it attends to, itself included."""
-    lengths = row.cu_seqlens.long().diff()[: row.num_samples]
-    return int((lengths * (lengths + 1) // 2).sum())
-
-
 def _is_padding(row: PackedRow) -> Tensor:
     """[1, S]."""
-    return (torch.arange(len(row.input_ids)) >= _num_real(row)).to(megatron_cpu.device())[None]
+    return (torch.arange(len(row.input_ids)) >= num_real(row)).to(megatron_cpu.device())[None]
 
 
 def _sum_losses(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Sum and count over the trained tokens: Megatron divides by the count over all ranks."""
     total = (losses * weights).sum()
     return total, (weights > 0).sum().to(torch.int), total.detach()
-
-
-def _counts(batch: Sequence[PackedRow]) -> dict[str, int]:
-    """Over all data parallel ranks; every rank of a replica knows the whole rows."""
-    counts = torch.tensor(
-        [
-            sum(int((row.loss_scale > 0).sum()) for row in batch),
-            sum(_num_real(row) for row in batch),
-            sum(row.num_samples for row in batch),
-            sum(row.num_dropped for row in batch),
-            sum(_attended_pairs(row) for row in batch),
-        ],
-        device=megatron_cpu.device(),
-    )
-    dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    names = ("loss_tokens", "tokens", "samples", "dropped", "attended_pairs")
-    return dict(zip(names, counts.tolist(), strict=True))
 
 
 def _over_all_ranks(parts: Sequence[Tensor]) -> float:

@@ -47,7 +47,7 @@ class Throughput:
             "tflops_per_rank": tflops / dist.get_world_size(),
             "peak_memory_mb": peak_memory_mb(),
         }
-        if (peak := _peak_tflops()) is not None and self.stage.torch_dtype == "bfloat16":
+        if (peak := peak_tflops()) is not None and self.stage.torch_dtype == "bfloat16":
             figures["mfu"] = figures["tflops_per_rank"] / peak
         return figures
 
@@ -77,7 +77,8 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _peak_tflops() -> float | None:
+def peak_tflops() -> float | None:
+    """Dense half-precision TFLOP/s of this GPU, where it is known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

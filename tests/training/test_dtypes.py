@@ -1,0 +1,84 @@
+"""bf16 and fp16 beside fp32 on two ranks, over a restart in the middle."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmcore.training.launch import launch
+
+HYPER = {"learning_rate": 3e-3, "lr_decay_style": "linear"}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
+FP16 = HYPER | {"torch_dtype": "float16"}
+TOO_LARGE = 2.0**11
+CASES = {
+    "fp32": HYPER,
+    "bf16": HYPER | {"torch_dtype": "bfloat16"} | OVERLAP,
+    "fp16": FP16 | {"initial_loss_scale": 64.0},
+    "fp16_overflows": FP16 | {"initial_loss_scale": TOO_LARGE, "hysteresis": 2},
+    "fp16_grows": FP16 | {"initial_loss_scale": 2.0, "loss_scale_window": 2},
+    "offload": HYPER | {"torch_dtype": "bfloat16", "optimizer_cpu_offload": True},
+}
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("dtypes")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    launch(
+        "tests.training.dtype_ranks",
+        [str(tiny_model("qwen3_vl")), str(folder / "cases.json"), str(folder / "out.json")],
+        nproc_per_node=2,
+        log_path=folder / "log",
+    )
+    return json.loads((folder / "out.json").read_text())
+
+
+def losses(outcomes: list[dict[str, Any]]) -> list[float]:
+    return [outcome["loss"] for outcome in outcomes]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 0.03), ("fp16", 0.01)])
+def test_half_the_bits_train_as_fp32_does(results: Any, name: str, tolerance: float) -> None:
+    """Tolerances: 8 bits of mantissa in bf16, 11 in fp16, over 8 steps."""
+    expected, found = losses(results["fp32"]), losses(results[name])
+    assert expected[-1] < 0.9 * expected[0]
+    assert found == pytest.approx(expected, rel=tolerance)
+    assert all(outcome["updated"] and outcome["moved"] for outcome in results[name])
+
+
+def test_an_overflow_skips_the_step_and_halves_the_loss_scale(results: Any) -> None:
+    outcomes = results["fp16_overflows"]
+    skipped = [outcome for outcome in outcomes if not outcome["updated"]]
+    assert 2 <= len(skipped) < len(outcomes)
+    assert outcomes[: len(skipped)] == skipped
+    scales = [outcome["loss_scale"] for outcome in outcomes]
+    # the first overflow is forgiven, each further one halves; a restart goes on from there
+    halvings = [max(min(i, len(skipped)) - 1, 0) for i in range(len(outcomes))]
+    assert scales == [TOO_LARGE / 2**i for i in halvings]
+    for outcome in skipped:
+        assert not outcome["moved"]
+        assert outcome["rate"] == outcomes[0]["rate"]  # nor does the schedule move
+        assert math.isinf(outcome["grad_norm"])
+        assert math.isfinite(outcome["loss"])
+    assert all(outcome["moved"] for outcome in outcomes[len(skipped) :])
+    assert outcomes[-1]["rate"] < outcomes[0]["rate"]
+
+
+def test_steps_without_an_overflow_double_the_loss_scale(results: Any) -> None:
+    scales = [outcome["loss_scale"] for outcome in results["fp16_grows"]]
+    assert scales == [2.0, 2.0, 4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
+
+
+def test_only_fp16_has_a_loss_scale(results: Any) -> None:
+    assert "loss_scale" not in results["bf16"][0]
+    assert "loss_scale" not in results["fp32"][0]
+
+
+def test_offload_is_refused_where_there_is_nothing_to_offload_from(results: Any) -> None:
+    assert "optimizer_cpu_offload: this machine has no CUDA device" in results["offload"]

@@ -1,0 +1,46 @@
+"""What a step counts: tokens and samples of the rows of all ranks that read different data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from vlmcore import megatron_cpu
+from vlmcore.dataloading.samples import PackedRow
+
+
+def counts_of(
+    batch: Sequence[PackedRow], *, group: dist.ProcessGroup | None = None
+) -> dict[str, int]:
+    """Over all data parallel ranks; every rank of a replica knows the whole rows.
+
+    Args:
+        batch: This rank's micro batches.
+        group: The data parallel ranks; None: all ranks.
+    """
+    counts = torch.tensor(
+        [
+            sum(int((row.loss_scale > 0).sum()) for row in batch),
+            sum(num_real(row) for row in batch),
+            sum(row.num_samples for row in batch),
+            sum(row.num_dropped for row in batch),
+            sum(_attended_pairs(row) for row in batch),
+        ],
+        device=megatron_cpu.device(),
+    )
+    dist.all_reduce(counts, group=group)
+    names = ("loss_tokens", "tokens", "samples", "dropped", "attended_pairs")
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def num_real(row: PackedRow) -> int:
+    """Tokens of samples; what follows pads the row."""
+    return int(row.cu_seqlens[row.num_samples])
+
+
+def _attended_pairs(row: PackedRow) -> int:
+    """Pairs of a token and one that it attends to, itself included."""
+    lengths = row.cu_seqlens.long().diff()[: row.num_samples]
+    return int((lengths * (lengths + 1) // 2).sum())

@@ -1,0 +1,99 @@
+"""What a stage keeps frozen and where its adapters go, by freeze group, whatever the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from vlmcore.errors import TrainError
+from vlmcore.families import FreezeGroup, family_of, read_config
+from vlmcore.recipe.train_stage import TrainStage
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+GROUPS: tuple[FreezeGroup, ...] = ("aligner", "llm", "vit")
+ALL_LINEAR = "all-linear"
+_NUMBER = re.compile(r"\\\.\d+\\\.")
+
+
+def frozen_groups(stage: TrainStage) -> Mapping[FreezeGroup, bool]:
+    """Which groups a stage keeps as they are."""
+    return {"vit": stage.freeze_vit, "aligner": stage.freeze_aligner, "llm": stage.freeze_llm}
+
+
+def group_rates(stage: TrainStage) -> Mapping[FreezeGroup, float | None]:
+    """Peak learning rates of groups that have one of their own."""
+    return {"vit": stage.vit_lr, "aligner": stage.aligner_lr, "llm": None}
+
+
+def require_trainable(table: Mapping[str, Mapping[str, int]], stage: TrainStage) -> None:
+    """Refuses a stage that would change nothing.
+
+    Raises:
+        TrainError: Nothing is left to train.
+    """
+    if not any(row["trainable"] for row in table.values()):
+        raise TrainError(
+            f"train.{stage.name}: nothing is trainable: the model has {', '.join(sorted(table))}, "
+            f"all frozen; set one of freeze_vit, freeze_aligner, freeze_llm to false"
+        )
+
+
+def adapter_config(stage: TrainStage, hf_dir: Path) -> LoraConfig:
+    """The adapters that a stage asks for, as peft says it, from the model's config alone.
+
+    Raises:
+        TrainError: A name in target_modules matches no linear layer of an unfrozen group.
+    """
+    from peft import LoraConfig
+
+    linear, experts = _candidates(stage, hf_dir)
+    chosen = {*linear, *experts}
+    if stage.target_modules and ALL_LINEAR not in stage.target_modules:
+        matches = {
+            target: {name for name in chosen if f".{name}".endswith(f".{target}")}
+            for target in stage.target_modules
+        }
+        if lost := [target for target, names in matches.items() if not names]:
+            raise TrainError(
+                f"train.{stage.name}: target_modules: {', '.join(lost)}: no linear layer of an "
+                f"unfrozen group is called so; there are: "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
+            )
+        chosen = set().union(*matches.values())
+    # layers' numbers left out: one pattern for all of them
+    patterns = {_NUMBER.sub(r"\\.\\d+\\.", re.escape(name)) for name in chosen & {*linear}}
+    return LoraConfig(
+        r=stage.lora_rank,
+        lora_alpha=stage.lora_alpha,
+        use_rslora=stage.use_rslora,
+        target_modules="|".join(sorted(patterns)) or None,
+        target_parameters=sorted({re.split(r"\.\d+\.", name)[-1] for name in chosen & {*experts}}),
+    )
+
+
+def _candidates(stage: TrainStage, hf_dir: Path) -> tuple[list[str], list[str]]:
+    """HF names of linear layers, and of stacked experts, that may get an adapter."""
+    import transformers
+
+    family = family_of(read_config(hf_dir))
+    config = transformers.AutoConfig.from_pretrained(hf_dir)
+    with torch.device("meta"):
+        model = getattr(transformers, family.architecture)(config)
+    frozen = frozen_groups(stage)
+    llm_alone = stage.tuner_type == "lora_llm" or not stage.target_modules
+
+    def may(name: str) -> bool:
+        group = family.group_of(name)
+        wanted = group == "llm" or not llm_alone
+        return wanted and not frozen[group] and not name.startswith("lm_head")
+
+    linear = [n for n, module in model.named_modules() if type(module) is nn.Linear]
+    experts = [n for n, weight in model.named_parameters() if ".experts." in n and weight.ndim == 3]
+    return [n for n in linear if may(f"{n}.weight")], [n for n in experts if may(n)]
