@@ -15,7 +15,7 @@ from prefect.logging.handlers import APILogWorker  # noqa: E402
 from prefect.states import Failed  # noqa: E402
 from pydantic import WithJsonSchema  # noqa: E402
 
-from flows.pipeline import Results, plan, run_pipeline, stages_to_offer  # noqa: E402
+from flows.pipeline import Results, last_stage, plan, run_pipeline, stages_to_offer  # noqa: E402
 from flows.request import Request, make_request  # noqa: E402
 from tasks.caching import Run, Watcher  # noqa: E402
 from tasks.prefect_tasks import (  # noqa: E402
@@ -115,7 +115,7 @@ def new_run(request: Request, watcher: Watcher) -> Run:
         log_dir=request.log_dir,
         refresh=request.refresh,
         start_from=request.start_from,
-        until=request.until,
+        until=last_stage(request),
         execute=PrefectTasks(),
         watcher=PrefectWatcher(watcher),
     )

@@ -54,12 +54,7 @@ def plan(request: Request) -> tuple[Run, Results]:
     Raises:
         VlmflowError: The request names a stage that the pipeline does not have.
     """
-
-    def walk(**limits: Any) -> tuple[Run, Results]:
-        run = Run(Store(request.store), log_dir=request.log_dir, dry=True, **limits)
-        return run, run_pipeline(run, request.recipe)
-
-    whole, results = walk(refresh=request.refresh)
+    whole, results = _dry(request)
     names = [outcome.name for outcome in whole.outcomes]
     asked = [*request.refresh, request.start_from, request.until]
     for pattern in filter(None, asked):
@@ -69,8 +64,23 @@ def plan(request: Request) -> tuple[Run, Results]:
                 f"{', '.join(names)}"
             )
     if request.start_from or request.until:
-        return walk(refresh=request.refresh, start_from=request.start_from, until=request.until)
+        return _dry(request, start_from=request.start_from, until=last_stage(request))
     return whole, results
+
+
+def last_stage(request: Request) -> str | None:
+    """The last of the stages that the request's `until` names; None: the pipeline's last."""
+    if request.until is None:
+        return None
+    whole, _ = _dry(request)
+    named = [o.name for o in whole.outcomes if matches(o.name, request.until)]
+    return named[-1] if named else None
+
+
+def _dry(request: Request, **limits: Any) -> tuple[Run, Results]:
+    store, refresh = Store(request.store), request.refresh
+    run = Run(store, log_dir=request.log_dir, dry=True, refresh=refresh, **limits)
+    return run, run_pipeline(run, request.recipe)
 
 
 def stages_to_offer() -> tuple[str, ...]:

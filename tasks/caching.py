@@ -77,7 +77,7 @@ class Run:
         store: The artifact store.
         refresh: Stages (or prefixes) to build although the store has them.
         start_from: Stage (or prefix) before which nothing is built.
-        until: Stage (or prefix) after which the walk ends.
+        until: Stage after which the walk ends.
         dry: Plan: look everything up, build nothing.
         execute: How a stage is run; Prefect's is in `tasks.prefect_tasks`.
         watcher: Hears about stages and progress.
@@ -214,12 +214,9 @@ class Run:
         self.watcher.finished(outcome)
 
     def _check_until(self, name: str) -> None:
-        if self._until is None:
-            return
-        if matches(name, self._until):
-            self._reached = True
-        elif self._reached:
+        if self._reached:
             raise UntilReached
+        self._reached = name == self._until
 
     def _check_from(self, name: str, found: Ref, reasons: Sequence[str]) -> None:
         if self._from is None:

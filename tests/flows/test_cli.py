@@ -33,6 +33,16 @@ def test_a_plan_of_an_empty_store_runs_everything(tmp_path):
     assert not (tmp_path / "store").exists()  # a plan writes nothing
 
 
+@pytest.mark.parametrize(
+    ("until", "last"), [("to_mcore", "to_mcore"), ("train", "train.full"), ("model", "model.llm")]
+)
+def test_until_means_the_last_stage_of_that_name(tmp_path, until, last):
+    """`to_mcore.llm` and `train.teach` stand long before `to_mcore` and `train.full`."""
+    store = str(tmp_path / "store")
+    done = vlmflow("plan", "handwritten_numbers", "--until", until, "--json", "--store", store)
+    assert json.loads(done.stdout)["stages"][-1]["name"] == last
+
+
 def test_faults_of_a_recipe_come_all_at_once_with_their_lines(tmp_path):
     recipe = tmp_path / "bad.yaml"
     recipe.write_text(

@@ -200,6 +200,8 @@ def vlmflow_up(folder: Path, *, ends_by: int = signal.SIGINT) -> Iterator[Api]:
             env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
+            # tests that a shell runs in the background inherit that Ctrl-C is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         wait_until(lambda: "Ctrl-C" in out.read_text() or popen.poll() is not None)

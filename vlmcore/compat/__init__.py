@@ -14,6 +14,7 @@ from vlmcore.compat import audio_absent, image_decoding, torchvision_ops
 
 REMEDIES = (torchvision_ops, image_decoding, audio_absent)
 SITE = Path(__file__).with_name("site")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 
 
 def install() -> None:
@@ -21,6 +22,8 @@ def install() -> None:
     for remedy in REMEDIES:
         if remedy.needed():
             remedy.install()
+    if not NVIDIA_DRIVER.exists():  # deepspeed warns of it whenever something imports it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def child_env(base_env: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -153,6 +153,9 @@ def _token_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for a few kilobytes says nothing beside our own
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
