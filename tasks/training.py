@@ -15,18 +15,28 @@ from vlmcore.training.job import METRICS, TrainJob
 LOSS_PLOT = "loss.svg"
 
 
-def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -> Ref:
-    """A trained Megatron model folder; a killed build goes on from its last checkpoint."""
+def train(
+    run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref], weights: Sequence[float]
+) -> Ref:
+    """A trained Megatron model folder; a killed build goes on from its last checkpoint.
+
+    Args:
+        weights: how often each dataset is drawn from, relative to the others.
+    """
     name = f"train.{stage.name}"
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch
 
         assert isinstance(model, ArtifactRef)
+        drawn: dict[Path, float] = {}  # one that is named twice is drawn twice as often
+        for ref, weight in zip(datasets, weights, strict=True):
+            assert ref is not None
+            drawn[ref.path] = drawn.get(ref.path, 0.0) + weight
         job = TrainJob(
             stage=stage,
             model_dir=model.path,
-            datasets=tuple(ref.path for ref in datasets if ref is not None),
+            datasets=drawn,
             output_dir=context.path,
             scratch_dir=context.scratch,
         )
@@ -42,6 +52,8 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         return _summarise(context.path, name)
 
     params = {key: value for key, value in stage.content_params().items() if key != "name"}
+    if len(datasets) > 1:
+        params["weights"] = list(weights)
     return run.stage(
         name,
         build,

@@ -39,7 +39,13 @@ def loader(encoder: ConversationEncoder, tiny_dataset: Path, tmp_path: Path) -> 
             "blend_file": tmp_path / "blend.yaml",
         }
         task_encoder = ConversationTaskEncoder(encoder, max_length=max_length, multiple=multiple)
-        return train_loader([tiny_dataset] * copies, task_encoder, **(options | changed))
+        datasets = {tiny_dataset: 1.0}
+        for index in range(1, copies):  # the same one under another name
+            link = tmp_path / f"copy{index}"
+            if not link.exists():
+                link.symlink_to(tiny_dataset)
+            datasets[link] = 1.0
+        return train_loader(datasets, task_encoder, **(options | changed))
 
     return build
 

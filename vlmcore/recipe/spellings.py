@@ -85,6 +85,8 @@ OTHERWISE: dict[str, tuple[str, str]] = {
     ),
     "warmup_steps": ("lr_warmup_fraction", _WARMUP),
     "lr_warmup_iters": ("lr_warmup_fraction", _WARMUP),
+    "split_dataset_ratio": ("split_ratios", "parts of train, val and test: [99, 1, 0] for 0.01"),
+    "val_size": ("split_ratios", "parts of train, val and test: [99, 1, 0] for 0.01"),
     "bf16": ("torch_dtype", "bfloat16"),
     "fp16": ("torch_dtype", "bfloat16 or float32"),
 }

@@ -18,7 +18,7 @@ class TrainJob(BaseModel):
     Attributes:
         stage: The recipe's stage.
         model_dir: Model folder to start from, Megatron (`checkpoint/` and `hf/`) or HF.
-        datasets: Energon datasets.
+        datasets: Energon dataset → how often it is drawn from, relative to the others.
         output_dir: Gets the trained model folder in the same form, the metrics and the trainable
             table.
         scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
@@ -29,6 +29,6 @@ class TrainJob(BaseModel):
 
     stage: TrainStage
     model_dir: Path
-    datasets: tuple[Path, ...]
+    datasets: dict[Path, float]
     output_dir: Path
     scratch_dir: Path
