@@ -173,7 +173,7 @@ def loader_rate(dataset: Path, folder: Path) -> float:
     model = folder / "model"
     fetch_donor("builtin:tiny-qwen3-vl", model, seed=0)
     loader = train_loader(
-        [dataset],
+        {dataset: 1.0},
         ConversationTaskEncoder(ConversationEncoder(model, task="sft"), max_length=384),
         micro_batch_size=1,
         packing_buffer_size=256,

@@ -91,7 +91,10 @@ def mixed_rows(write_page: Callable[[int, int], Page], draw: random.Random) -> I
             if side > 1 and len(images) < MAX_PAGES and draw.random() < 0.8:
                 name, lines = write_page(side, side)
                 images.append(name)
-                messages += [turn("user", f"<image>{PHRASES[0]}"), turn("assistant", "".join(lines))]
+                messages += [
+                    turn("user", f"<image>{PHRASES[0]}"),
+                    turn("assistant", "".join(lines)),
+                ]
                 left -= PAGE_TURN_TOKENS + 2 * side**2
                 continue
             size = max(2, round(share - TEXT_TURN_TOKENS))

@@ -4,10 +4,11 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from PIL import Image
 
@@ -94,15 +95,15 @@ class Audit:
 def audit_shards(
     shards_dir: Path,
     *,
-    against: Sequence[Path] = (),
+    against: Mapping[str, Path] = MappingProxyType({}),
     count_tokens: CountTokens | None = None,
     num_workers: int = 1,
 ) -> Audit:
     """Read every sample, decode every image.
 
     Args:
-        against: folders of holdouts or other shards that train must not have seen; the dataset's
-            own val and test always are.
+        against: name → folder of holdouts or other shards that train must not have seen; the
+            dataset's own val and test are always looked at.
         count_tokens: tokens of a text; None: estimated from its bytes.
         num_workers: processes, each at one shard.
 
@@ -158,7 +159,9 @@ def _stored(
     )
 
 
-def _leaks(samples: Iterable[StoredSample], against: Sequence[Path]) -> list[tuple[str, str, str]]:
+def _leaks(
+    samples: Iterable[StoredSample], against: Mapping[str, Path]
+) -> list[tuple[str, str, str]]:
     """Train samples whose image is also held out: (key, where it is, how alike)."""
     train, exact, near = [], dict[bytes, str](), NearIndex()
     where: dict[int, str] = {}
@@ -167,9 +170,9 @@ def _leaks(samples: Iterable[StoredSample], against: Sequence[Path]) -> list[tup
             train.append(one.facts)
             continue
         _remember(one.facts.media, one.facts.looks, one.facts.key, exact, near, where)
-    for folder in against:
-        for name, media, looks in _held_out(folder):
-            _remember(media, looks, f"{folder.name}/{name}", exact, near, where)
+    for held_out, folder in against.items():
+        for key, media, looks in _held_out(folder):
+            _remember(media, looks, f"{held_out}/{key}", exact, near, where)
     found = []
     for facts in train:
         for digest in facts.media:

@@ -1,11 +1,13 @@
-"""An audit as one HTML page that needs nothing beside itself."""
+"""An audit as values for a report, and as one HTML page that needs nothing beside itself."""
 
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
@@ -31,8 +33,58 @@ class Histogram:
     most: int
 
 
-def write_page(audit: Audit, dest: Path, *, title: str) -> None:
-    """Write the page of an audit; equal audits give equal pages."""
+def describe(audit: Audit) -> dict[str, Any]:
+    """What a page shows of an audit, as JSON values: plots drawn, pictures small, lists cut."""
+    report = audit.report
+    plotted = [
+        ("Image width, pixels", [width for width, _ in audit.sizes]),
+        ("Image height, pixels", [height for _, height in audit.sizes]),
+        ("Tokens a sample", audit.num_tokens),
+    ]
+    return {
+        "figures": audit.figures(),
+        "num_rows": report.num_rows,
+        "num_videos": report.num_videos,
+        "dropped": [
+            {"cause": cause, "means": CAUSES[cause], "rows": number,
+             "examples": report.examples.get(cause, [])}
+            for cause, number in sorted(report.dropped.items(), key=lambda item: -item[1])
+        ],
+        "leaks": [list(leak) for leak in audit.leaks[:MAX_EXAMPLES]],
+        "num_duplicates": len(audit.duplicates),
+        "duplicates": [
+            [key, other, CAUSES[cause]]
+            for key, (cause, other) in list(audit.duplicates.items())[:MAX_EXAMPLES]
+        ],
+        "turns": sorted(audit.num_turns.items()),
+        "plots": [draw(histogram(title, values)) for title, values in plotted if values],
+        "shown": [
+            {
+                "split": one.split,
+                "key": one.key,
+                "turns": [[turn["role"], _cut(turn["content"])] for turn in one.messages],
+                "images": [thumbnail(data) for _, data in one.images],
+            }
+            for one in audit.shown
+        ],
+    }  # fmt: skip
+
+
+def write_page(found: Mapping[str, Any], dest: Path, *, title: str) -> None:
+    """Write the page of a described audit; equal audits give equal pages."""
+    text = _environment().get_template("audit.html.jinja").render(title=title, audit=found)
+    dest.write_text(text, encoding="utf-8")
+
+
+def draw(histogram: Histogram) -> str:
+    """A histogram as SVG that brings its own colours, for light pages and dark ones."""
+    frame = {"width": WIDTH, "height": HEIGHT, "margin": MARGIN}
+    template = _environment().get_template("histogram.svg.jinja")
+    return template.render(one=histogram, frame=frame)
+
+
+@cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -40,29 +92,8 @@ def write_page(audit: Audit, dest: Path, *, title: str) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    text = environment.get_template("audit.html.jinja").render(
-        title=title,
-        audit=audit,
-        figures=audit.figures(),
-        causes=CAUSES,
-        histograms=[
-            histogram("Image width, pixels", [width for width, _ in audit.sizes]),
-            histogram("Image height, pixels", [height for _, height in audit.sizes]),
-            histogram("Tokens a sample", audit.num_tokens),
-        ],
-        frame={"width": WIDTH, "height": HEIGHT, "margin": MARGIN},
-        max_examples=MAX_EXAMPLES,
-        shown=[
-            {
-                "split": one.split,
-                "key": one.key,
-                "turns": [(turn["role"], _cut(turn["content"])) for turn in one.messages],
-                "images": [thumbnail(data) for _, data in one.images],
-            }
-            for one in audit.shown
-        ],
-    )
-    dest.write_text(text, encoding="utf-8")
+    environment.filters["count"] = "{:,}".format
+    return environment
 
 
 def histogram(title: str, values: Sequence[int]) -> Histogram:
@@ -86,7 +117,8 @@ def histogram(title: str, values: Sequence[int]) -> Histogram:
         height = round(room * count / max(1, most), 1)
         words = f"{edges[i]:.0f} – {edges[i + 1]:.0f}"
         bars.append((round(MARGIN + i * step, 1), HEIGHT - MARGIN - height, height, words, count))
-    ticks = [(round(MARGIN + i * step, 1), f"{edges[i]:.0f}") for i in range(0, NUM_BARS + 1, 6)]
+    places = {f"{edges[i]:.0f}": round(MARGIN + i * step, 1) for i in range(NUM_BARS, -1, -6)}
+    ticks = [(place, label) for label, place in places.items()]
     return Histogram(title, bars, round(step - 1.5, 1), ticks, most)
 
 

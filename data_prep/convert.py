@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.formats import RowFormat
+from data_prep.progress import Progress, quiet
 from data_prep.rows import Pick
 from data_prep.samples import RowReader
 from data_prep.shards import REPORT_NAME, ShardReport, write_shards
@@ -21,6 +22,7 @@ def convert(
     work_dir: Path,
     tables: dict[str, list[Path]] | None = None,
     run: Callable | None = None,
+    on_progress: Progress = quiet,
 ) -> ShardReport:
     """Write the shards of the fetched dataset in `raw_dir`.
 
@@ -55,6 +57,7 @@ def convert(
             pick=Pick(dataset.limit, dataset.sample, dataset.sample_seed),
             work_dir=work_dir / "parts",
             run=run,
+            on_progress=on_progress,
             **limits,
         )
 

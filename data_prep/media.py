@@ -6,11 +6,8 @@ import errno
 import os
 import stat
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from functools import lru_cache
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -61,6 +58,9 @@ def fetch_url(url: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises:
         BadRowError: `fetch_failed`.
     """
+    import urllib.error  # a third of what a worker imports: only for data that names URLs
+    from http.client import HTTPException
+
     detail = ""
     for attempt in range(FETCH_TRIES):
         time.sleep(attempt)  # 0, 1, 2 seconds
@@ -76,6 +76,8 @@ def fetch_url(url: str, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def _fetch_once(url: str, max_bytes: int) -> bytes:
+    import urllib.request
+
     began, chunks, size = time.monotonic(), [], 0
     with urllib.request.urlopen(url, timeout=FETCH_TIMEOUT_S) as answer:
         if urlsplit(answer.url).scheme not in ("http", "https"):

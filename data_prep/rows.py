@@ -1,4 +1,4 @@
-"""Rows of tables, read a range at a time: JSONL, a JSON list, parquet, webdataset tars.
+"""Rows of tables, read a range at a time: JSONL, a JSON list, columns, webdataset tars.
 
 A range is found without reading the rows before it, so that any process can take any range.
 """
@@ -6,18 +6,25 @@ A range is found without reading the rows before it, so that any process can tak
 import json
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.causes import BadRowError
+from data_prep.column_files import (
+    cut_arrow,
+    cut_csv,
+    cut_parquet,
+    read_arrow,
+    read_csv,
+    read_parquet,
+)
 from data_prep.conversation import TAGS
 from data_prep.tars import read_tar_samples
 from vlmcore.errors import DataError
 
-PARQUET_BATCH = 64  # rows held at once: their images may be large
 JSON_CHUNK = 1 << 20
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEO_MEMBERS = ("mp4", "mov", "webm", "mkv", "avi")
@@ -31,7 +38,7 @@ class RowRange:
 
     Attributes:
         key_prefix: what stands before a row's number in the key of its sample.
-        offset: where the range starts: a byte of a JSONL, JSON or tar file, a row of a parquet.
+        offset: where the range starts: a row of a parquet or Arrow file, a byte of any other.
         first: number of the first row, counted from 1; of a JSONL file, as editors count lines.
         picked: numbers of the rows that are read; None: all.
     """
@@ -42,6 +49,11 @@ class RowRange:
     first: int
     num_rows: int
     picked: frozenset[int] | None = None
+
+    @property
+    def num_wanted(self) -> int:
+        """How many of its rows are read."""
+        return self.num_rows if self.picked is None else len(self.picked)
 
 
 @dataclass(frozen=True)
@@ -59,9 +71,8 @@ def row_ranges(table: Path, *, key_prefix: str, max_rows: int) -> Iterator[RowRa
     Raises:
         DataError: a table that is no JSONL does not open or is not whole.
     """
-    kinds = {".jsonl": _cut_lines, ".json": _cut_list, ".parquet": _cut_parquet, ".tar": _cut_tar}
     first = 1
-    for offset, num_rows in kinds[table.suffix](table, max_rows):
+    for offset, num_rows in _CUTTERS[table.suffix](table, max_rows):
         yield RowRange(table, key_prefix, offset, first, num_rows)
         first += num_rows
 
@@ -118,8 +129,10 @@ def read_rows(rows: RowRange) -> Iterator[tuple[int, Row]]:
 
     Blank lines of a JSONL file are no rows.
     """
-    kinds = {".jsonl": _lines, ".json": _list, ".parquet": _parquet, ".tar": _tar}
-    return kinds[rows.table.suffix](rows)
+    suffix = rows.table.suffix
+    if suffix in _COLUMNS:
+        return enumerate(_COLUMNS[suffix](rows.table, rows.offset, rows.num_rows), rows.first)
+    return _READERS[suffix](rows)
 
 
 def _cut_lines(table: Path, max_rows: int) -> Iterator[tuple[int, int]]:
@@ -227,39 +240,6 @@ def _decoded(data: bytes, table: Path) -> tuple[str, bytes]:
         raise DataError(f"{table} is not UTF-8: {error}") from error
 
 
-def _cut_parquet(table: Path, max_rows: int) -> Iterator[tuple[int, int]]:
-    total = _open_parquet(table).metadata.num_rows
-    for offset in range(0, total, max_rows):
-        yield offset, min(max_rows, total - offset)
-
-
-def _parquet(rows: RowRange) -> Iterator[tuple[int, Row]]:
-    file = _open_parquet(rows.table)
-    position, end = 0, rows.offset + rows.num_rows
-    for group in range(file.metadata.num_row_groups):
-        size = file.metadata.row_group(group).num_rows
-        if position + size > rows.offset and position < end:
-            at = position
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, row_groups=[group]):
-                wanted = batch.slice(max(0, rows.offset - at), max(0, end - max(at, rows.offset)))
-                number = max(at, rows.offset) - rows.offset + rows.first
-                for row in wanted.to_pylist():
-                    yield number, row
-                    number += 1
-                at += batch.num_rows
-        position += size
-
-
-def _open_parquet(table: Path) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.ParquetFile(table)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{table} is no whole parquet file: {error}. Fetch it again.") from error
-
-
 def _cut_tar(table: Path, max_rows: int) -> Iterator[tuple[int, int]]:
     samples = _tar_samples(table, 0)
     while chunk := [offset for offset, _, _ in islice(samples, max_rows)]:
@@ -308,3 +288,15 @@ def _add_unnamed(
         found = [members[name] for name in members if name.rpartition(".")[2].lower() in extensions]
         row.pop(single, None)  # a path of the machine where the tar was made
         row[plural] = found
+
+
+_CUTTERS: dict[str, Callable[[Path, int], Iterator[tuple[int, int]]]] = {
+    ".jsonl": _cut_lines, ".parquet": cut_parquet, ".arrow": cut_arrow, ".json": _cut_list,
+    ".csv": cut_csv, ".tsv": cut_csv, ".tar": _cut_tar,
+}  # fmt: skip
+_COLUMNS: dict[str, Callable[[Path, int, int], Iterator[Row]]] = {
+    ".parquet": read_parquet, ".arrow": read_arrow, ".csv": read_csv, ".tsv": read_csv,
+}  # fmt: skip
+_READERS: dict[str, Callable[[RowRange], Iterator[tuple[int, Row]]]] = {
+    ".jsonl": _lines, ".json": _list, ".tar": _tar,
+}  # fmt: skip

@@ -22,6 +22,7 @@ from data_prep.causes import Dropped
 from data_prep.files import link_or_copy
 from data_prep.formats import RowFormat
 from data_prep.parts import Part, write_range
+from data_prep.progress import Progress, quiet
 from data_prep.rows import Pick, split_ranges
 from data_prep.samples import RowReader
 from data_prep.tables import find_tables
@@ -62,6 +63,7 @@ def write_shards(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     work_dir: Path | None = None,
     run: Callable | None = None,
+    on_progress: Progress = quiet,
 ) -> ShardReport:
     """Write `{split}-000000.tar` … for each split of `raw_dir`, and `report.json`.
 
@@ -88,12 +90,19 @@ def write_shards(
     ):
         parts_dir = work_dir or Path(own)
         parts_dir.mkdir(parents=True, exist_ok=True)
-        ranges = partial(split_ranges, max_rows=max_samples_per_shard, pick=pick or Pick())
-        write = partial(write_range, dest=parts_dir, reader=reader, max_shard_bytes=max_shard_bytes)
-        written = {
-            split: [part for parts in (run or here)(write, ranges(split, files)) for part in parts]
+        ranges = {
+            split: split_ranges(split, files, max_rows=max_samples_per_shard, pick=pick or Pick())
             for split, files in tables.items()
         }
+        total = sum(one.num_wanted for many in ranges.values() for one in many)
+        write = partial(write_range, dest=parts_dir, reader=reader, max_shard_bytes=max_shard_bytes)
+        written: dict[str, list[Part]] = {split: [] for split in tables}
+        done = 0
+        for split, many in ranges.items():
+            for parts in (run or here)(write, many):
+                written[split] += parts
+                done += sum(part.dropped.num_rows for part in parts)
+                on_progress(done, total, "rows")
         report = _report(raw_dir, written, max_bad_ratio=max_bad_ratio)
         for split, parts in written.items():
             names = report.shards[split]

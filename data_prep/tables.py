@@ -1,15 +1,16 @@
 """Which files of a fetched folder hold rows, and of which split: by name alone, nothing is opened.
 
 A fetched folder holds a source's files as they are; archives have been unpacked where they lay. Its
-tables are `.jsonl`, `.parquet`, `.json` or (webdataset) `.tar`; the kind that comes first in this
-list is meant where there are several. What a hub's dataset repositories do to tell subsets and
-splits apart is understood:
+tables are `.jsonl`, `.parquet`, `.arrow`, `.json`, `.csv`, `.tsv` or (webdataset) `.tar`; the kind
+that comes first in this list is meant where there are several. What a hub's dataset repositories do
+to tell subsets and splits apart is understood:
 
     README.md                                  its front matter's `configs:` with `data_files`
     train.jsonl  val.json                      a file a split
     data/train-00000-of-00003.parquet          a split in several files
     SUBSET/train-00000-of-00001.parquet        a folder a subset
     train/0001.tar  validation/0001.tar        a folder a split
+    train/data-00000-of-00002.arrow            as `save_to_disk` has it
     SUBSET.json                                several files that name no split
 """
 
@@ -25,7 +26,7 @@ import yaml
 from data_prep import SPLITS
 from vlmcore.errors import DataError
 
-KINDS = (".jsonl", ".parquet", ".json", ".tar")
+KINDS = (".jsonl", ".parquet", ".arrow", ".json", ".csv", ".tsv", ".tar")
 README = "README.md"
 # Other words for our splits: what `datasets` understands, and `eval` and `dev`.
 ALIASES = {
@@ -66,10 +67,13 @@ def find_tables(
         DataError: There is no table, no such subset or split, or names do not tell which is meant;
             the message lists what there is.
     """
+    # texts: making a Path of each of half a million pictures would take longer than reading them
+    cut = len(os.path.join(folder, ""))  # noqa: PTH118
     names = [
-        (Path(where) / file).relative_to(folder).as_posix()
+        os.path.join(where, file)[cut:]  # noqa: PTH118
         for where, _, files in os.walk(folder)
         for file in files
+        if file.endswith(KINDS)
     ]
     readme = folder / README
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
@@ -99,7 +103,7 @@ def choose_tables(
     Raises:
         DataError: As `find_tables`, but for having no table.
     """
-    names = sorted(names, key=_natural)
+    names = sorted((name for name in names if name.endswith(KINDS)), key=_natural)
     tables = _declared(names, readme) or _laid_out(names)
     if not tables:
         return {}
@@ -190,7 +194,7 @@ def _place(path: PurePosixPath) -> _Table:
 
 def _split_of(stem: str) -> str:
     if numbered := _NUMBERED.match(stem):
-        return numbered["split"]
+        return "" if numbered["split"] == "data" else numbered["split"]
     word = _WORD.search(stem.lower())
     return word[1] if word else ""
 

@@ -9,11 +9,16 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
+from flows.terminal import progress_bar
 from vlmcore.errors import DataError
+
+if TYPE_CHECKING:
+    from data_prep.progress import Progress
 
 data_app = typer.Typer(
     help="""Turn what you have into shards that train, and look at what is in them.
@@ -28,10 +33,12 @@ data_app = typer.Typer(
 )
 
 Source = Annotated[
-    Path,
+    str,
     typer.Argument(
-        help="A table (.jsonl, .json, .parquet or webdataset .tar), or a folder with tables, one a "
-        "split: train.jsonl, val.jsonl, data/train-00000-of-00003.parquet …"
+        help="A table (.jsonl, .json, .parquet, .csv … or webdataset .tar), a folder with tables, "
+        "one a split: train.jsonl, val.jsonl, data/train-00000-of-00003.parquet …, an archive of "
+        "either, or as in a recipe `hf:USER/NAME`, `modelscope:USER/NAME`, `https://…`, `s3://…`, "
+        "`builtin:NAME`; `#5000` behind it: so many rows."
     ),
 ]
 Shards = Annotated[Path, typer.Argument(help="Folder of shards that `data convert` wrote.")]
@@ -64,6 +71,13 @@ def convert(
         ),
     ] = "auto",
     column: Columns = [],  # noqa: B006 - typer reads it
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a hub's repository.")
+    ] = None,
+    subset: Annotated[str | None, typer.Option(help="The source's name of a subset.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The source's name of the only split to read.")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="Question for rows that have an answer but no question.")
     ] = None,
@@ -87,9 +101,11 @@ def convert(
     from data_prep.convert import convert as run_convert
     from data_prep.shards import REPORT_NAME
 
-    root, tables = _tables(src)
     dataset = _dataset(
-        source=f"path:{src}",
+        source=src if _is_remote(src) else f"path:{src}",
+        revision=revision,
+        subset=subset,
+        split=split,
         format=format_,
         columns=dict(_pair(text) for text in column),
         prompt=prompt,
@@ -103,9 +119,15 @@ def convert(
     others = [path.name for path in dst.iterdir() if path.name[:1] != "."] if dst.exists() else []
     if any(not _is_shard(name) for name in others):
         raise DataError(f"{dst} is not empty ({', '.join(sorted(others)[:3])}). Take a new folder.")
+    console = Console(stderr=True)
+    with progress_bar(console, f"fetching {dataset.source}") as on_progress:
+        root, tables = _tables(dataset, dst, on_progress)
     work_dir = dst / f".work-{_fingerprint(dataset, tables)}"
-    report = run_convert(root, dst, dataset, work_dir=work_dir, tables=tables)
-    for stale in dst.glob(".work-*"):
+    with progress_bar(console, "checking and writing") as on_progress:
+        report = run_convert(
+            root, dst, dataset, work_dir=work_dir, tables=tables, on_progress=on_progress
+        )
+    for stale in [*dst.glob(".raw-*"), *dst.glob(".work-*")]:
         shutil.rmtree(stale)
     num_shards = sum(map(len, report.shards.values()))
     if json_:
@@ -201,16 +223,16 @@ def audit(
     images of train that are also held out.
     """
     from data_prep.audit import audit_shards
-    from data_prep.audit_page import write_page
+    from data_prep.audit_page import describe, write_page
 
     found = audit_shards(
         dst,
-        against=against,
+        against={folder.name: folder for folder in against},
         count_tokens=_token_counter(tokenizer) if tokenizer else None,
         num_workers=workers,
     )
     page = out or dst / "audit.html"
-    write_page(found, page, title=dst.resolve().name)
+    write_page(describe(found), page, title=dst.resolve().name)
     figures = found.figures()
     if json_:
         _print_json({**figures, "page": str(page)})
@@ -221,17 +243,54 @@ def audit(
     typer.echo(f"page: {page}")
 
 
-def _tables(src: Path) -> tuple[Path, dict[str, list[Path]]]:
-    """The folder that media are looked for in, and the tables by split."""
+def _is_remote(src: str) -> bool:
+    """Whether a source names more than a place on this machine."""
+    return ":" in src and not Path(src).exists()
+
+
+def _tables(dataset: Any, dst: Path, on_progress: Progress) -> tuple[Path, dict[str, list[Path]]]:
+    """The folder that media are looked for in, and the tables by split.
+
+    Folders and tables of this machine are read where they are; everything else is fetched first.
+    """
     from data_prep.tables import KINDS, find_tables
 
-    if src.is_dir():
-        return src, find_tables(src)
-    if not src.is_file():
+    scheme, _, location = dataset.source.partition(":")
+    src = Path(location).expanduser()
+    if scheme == "path" and not src.exists():
         raise DataError(f"{src}: nothing is there. Check the path.")
-    if src.suffix not in KINDS:
-        raise DataError(f"{src} is no table. Expected a file {', '.join(KINDS)}, or a folder.")
-    return src.parent, {"train": [src]}
+    if scheme == "path" and src.is_file() and src.name.endswith(KINDS):
+        return src.parent, {"train": [src]}
+    is_here = scheme == "path" and any(one.name.endswith(KINDS) for one in src.rglob("*"))
+    root = src if is_here else _fetched(dataset, dst, on_progress)
+    return root, find_tables(root, subset=dataset.subset, split=dataset.split)
+
+
+def _fetched(dataset: Any, dst: Path, on_progress: Progress) -> Path:
+    """The raw dataset inside DST, until its shards are whole; a killed download is gone on with."""
+    from data_prep.sources import Wanted, fetch, fingerprint
+
+    wanted = Wanted(dataset.revision, dataset.subset, dataset.split)
+    pinned = fingerprint(dataset.source, wanted=wanted)
+    key = hashlib.sha256(repr((dataset.source, wanted, pinned)).encode()).hexdigest()[:12]
+    raw, unfinished = dst / f".raw-{key}", dst / f".raw-{key}.unfinished"
+    if raw.exists():
+        return raw
+    shutil.rmtree(unfinished / "rows", ignore_errors=True)
+    (unfinished / "scratch").mkdir(parents=True, exist_ok=True)
+    fetch(
+        dataset.source,
+        unfinished / "rows",
+        options={},
+        seed=0,
+        wanted=wanted,
+        pinned=pinned,
+        scratch=unfinished / "scratch",
+        on_progress=on_progress,
+    )
+    (unfinished / "rows").rename(raw)
+    shutil.rmtree(unfinished)
+    return raw
 
 
 def _dataset(**values: Any) -> Any:

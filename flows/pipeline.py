@@ -10,7 +10,7 @@ from typing import Any
 from flows.request import Request
 from tasks.caching import Ref, Run, UntilReached, matches
 from tasks.convert import export, precision, to_mcore
-from tasks.data import energon, holdout, holdout_of_shards, raw_dataset, shards
+from tasks.data import audit, energon, holdout, holdout_of_shards, raw_dataset, shards
 from tasks.evaluation import evaluate
 from tasks.model import donor, swap
 from tasks.report import report
@@ -105,6 +105,9 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
         name: energon(run, name, shards=tars[name], sample_type=spec.sample_type)
         for name, spec in recipe.data.items()
     }
+    asked = _held_out(run, recipe, raw=raw, tars=tars)
+    for name, spec in recipe.data.items():
+        audit(run, name, spec, shards=tars[name], holdouts=list(asked.values()))
 
     model = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed)
     if recipe.model.llm is not None:
@@ -115,21 +118,19 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
     stages = [stage for stage in recipe.train if stage.model == "vlm"]
     trained = _for_training(run, recipe, "to_mcore", model=model, stages=stages)
     for stage in stages:
-        datasets = [data[name] for name in stage.data]
-        trained = train(run, stage, model=trained, datasets=datasets)
+        trained = _train(run, recipe, stage, model=trained, data=data)
         exported = export(run, f"export.{stage.name}", recipe.export, trained=trained)
         checkpoints[stage.name] = exported
 
     for entry in recipe.evaluate:
-        source = recipe.data[entry.data]
-        asked = (
-            holdout_of_shards(run, entry, shards=tars[entry.data])
-            if source.split_ratios
-            else holdout(run, entry, raw=raw[entry.data], dataset=source)
-        )
         for checkpoint in recipe.scored_checkpoints(entry):
             answers = evaluate(
-                run, checkpoint, entry, recipe.serve, model=checkpoints[checkpoint], holdout=asked
+                run,
+                checkpoint,
+                entry,
+                recipe.serve,
+                model=checkpoints[checkpoint],
+                holdout=asked[entry.benchmark],
             )
             if answers is not None:
                 scores = results.scores.setdefault(checkpoint, {})
@@ -138,6 +139,21 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
         last = {one.benchmark: recipe.scored_checkpoints(one)[-1] for one in recipe.evaluate}
         results.gates = check_gates(recipe.gates, results.scores, default_checkpoints=last)
     report(run, recipe, scores=results.scores, gates=results.gates)
+
+
+def _held_out(
+    run: Run, recipe: Recipe, *, raw: dict[str, Ref], tars: dict[str, Ref]
+) -> dict[str, Ref]:
+    """Benchmark → its questions: before training, which must not have seen them."""
+    asked = {}
+    for entry in recipe.evaluate:
+        source = recipe.data[entry.data]
+        asked[entry.benchmark] = (
+            holdout_of_shards(run, entry, shards=tars[entry.data])
+            if source.split_ratios
+            else holdout(run, entry, raw=raw[entry.data], dataset=source)
+        )
+    return asked
 
 
 def _for_training(
@@ -163,6 +179,15 @@ def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref]) -> Ref:
         return llm
     trained = _for_training(run, recipe, "to_mcore.llm", model=llm, stages=stages)
     for stage in stages:
-        datasets = [data[name] for name in stage.data]
-        trained = train(run, stage, model=trained, datasets=datasets)
+        trained = _train(run, recipe, stage, model=trained, data=data)
     return export(run, f"export.{stages[-1].name}", recipe.export, trained=trained)
+
+
+def _train(run: Run, recipe: Recipe, stage: TrainStage, *, model: Ref, data: dict[str, Ref]) -> Ref:
+    return train(
+        run,
+        stage,
+        model=model,
+        datasets=[data[name] for name in stage.data],
+        weights=[recipe.data[name].weight for name in stage.data],
+    )

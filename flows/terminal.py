@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from tasks.caching import StageOutcome, Watcher
 from vlmcore.evaluation.gates import GateResult
+
+MoveBar = Callable[[float, float, str], None]
 
 _STYLES = {"ran": "green", "cached": "dim", "failed": "bold red", "to run": "yellow"}
 
@@ -22,15 +32,7 @@ class TerminalWatcher(Watcher):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[text]}", style="dim"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
+        self._bar = Progress(*_columns(), console=console, transient=True)
         self._task = self._bar.add_task("", total=None, text="", visible=False)
 
     def __enter__(self) -> TerminalWatcher:
@@ -63,6 +65,28 @@ class TerminalWatcher(Watcher):
             highlight=False,
             soft_wrap=True,
         )
+
+
+@contextmanager
+def progress_bar(console: Console, description: str) -> Iterator[MoveBar]:
+    """A bar for one piece of work; gives what moves it: so much, of so much, of what."""
+    with Progress(
+        *_columns(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(description, total=None, text="")
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, text=f"{done:,.0f}/{total:,.0f}  {text}"
+        )
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}", style="dim"),
+        TimeElapsedColumn(),
+    )
 
 
 def _short(reason: str) -> str:

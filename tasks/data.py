@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tasks.caching import Ref, Run
@@ -47,6 +49,7 @@ def raw_dataset(run: Run, name: str, dataset: Dataset, *, seed: int) -> Ref:
             wanted=wanted,
             pinned=pinned,
             scratch=context.scratch,
+            on_progress=partial(run.progress, stage),
         )
 
     return run.stage(
@@ -88,6 +91,7 @@ def shards(run: Run, name: str, dataset: Dataset, *, raw: Ref) -> Ref:
 
     Interrupted, it goes on behind the last shard that was whole.
     """
+    stage = f"data.{name}.shards"
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from data_prep.convert import convert
@@ -100,13 +104,14 @@ def shards(run: Run, name: str, dataset: Dataset, *, raw: Ref) -> Ref:
             dataset,
             work_dir=context.scratch / "shards",
             run=mapper_over_dask(cluster) if cluster else None,
+            on_progress=partial(run.progress, stage),
         )
         counts = asdict(report)
         return {key: counts[key] for key in ("num_rows", "samples", "num_images", "dropped")}
 
     params = dataset.content_params()
     return run.stage(
-        f"data.{name}.shards",
+        stage,
         build,
         kind="data.shards",
         version=2,
@@ -135,16 +140,22 @@ def energon(run: Run, name: str, *, shards: Ref, sample_type: SampleType = "chat
     )
 
 
-def audit(run: Run, name: str, *, shards: Ref, holdouts: Sequence[Ref] = ()) -> Ref:
+def audit(
+    run: Run, name: str, dataset: Dataset, *, shards: Ref, holdouts: Sequence[Ref] = ()
+) -> Ref:
     """What the shards hold, what was dropped, and what of it the evaluation would ask again."""
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from data_prep.audit import audit_shards
-        from data_prep.audit_page import write_page
+        from data_prep.audit_page import describe, write_page
 
         assert shards is not None
-        found = audit_shards(shards.path, against=[one.path for one in holdouts if one])
-        write_page(found, context.path / "audit.html", title=name)
+        against = {one.stage: one.path for one in holdouts if one}
+        found = audit_shards(shards.path, against=against, num_workers=dataset.num_workers)
+        described = describe(found)
+        text = json.dumps(described, ensure_ascii=False)
+        (context.path / "audit.json").write_text(text, encoding="utf-8")
+        write_page(described, context.path / "audit.html", title=name)
         return found.figures()
 
     return run.stage(
@@ -152,8 +163,8 @@ def audit(run: Run, name: str, *, shards: Ref, holdouts: Sequence[Ref] = ()) -> 
         build,
         kind="data.audit",
         version=1,
-        params={},
-        inputs={"shards": shards, "holdouts": holdouts},
+        params={"name": name},
+        inputs={"shards": shards, "holdouts": list(holdouts)},
     )
 
 

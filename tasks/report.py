@@ -45,7 +45,7 @@ def report(
         "report",
         build,
         kind="report",
-        version=1,
+        version=2,
         params={"recipe": dump_recipe(recipe)},
         inputs=artifacts,
     )

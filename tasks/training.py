@@ -19,10 +19,19 @@ log = logging.getLogger(__name__)
 LOSS_PLOT = "loss.svg"
 
 
-def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -> Ref:
+def train(
+    run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref], weights: Sequence[float]
+) -> Ref:
     """A trained model folder; a killed build goes on from its last checkpoint.
 
     Adapters are merged into it, and stand beside the weights as peft's folder.
+
+    Args:
+        run: The walk.
+        stage: What to train, and how.
+        model: Where it starts from.
+        datasets: Energon datasets.
+        weights: How often each dataset is drawn from, relative to the others.
 
     Raises:
         TrainError: The layout does not divide the model.
@@ -38,10 +47,14 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         from vlmcore.training.nodes import nodes_of
 
         assert isinstance(model, ArtifactRef)
+        drawn: dict[Path, float] = {}  # one that is named twice is drawn twice as often
+        for ref, weight in zip(datasets, weights, strict=True):
+            assert ref is not None
+            drawn[ref.path] = drawn.get(ref.path, 0.0) + weight
         job = TrainJob(
             stage=stage,
             model_dir=model.path,
-            datasets=tuple(ref.path for ref in datasets if ref is not None),
+            datasets=drawn,
             output_dir=context.path,
             scratch_dir=context.scratch,
         )
@@ -62,6 +75,8 @@ def train(run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref]) -
         return _summarise(context.path, name)
 
     params = {key: value for key, value in stage.content_params().items() if key != "name"}
+    if len(datasets) > 1:
+        params["weights"] = list(weights)
     return run.stage(
         name,
         build,

@@ -57,6 +57,8 @@ class RowFormat:
         return replace(conversation, rejected=rejected) if rejected else conversation
 
     def _renamed(self, row: dict) -> dict:
+        if not self.columns and self.prompt is None:
+            return row
         missing = sorted(set(self.columns) - set(row))
         if missing:
             raise BadRowError("bad_row", f"no column {', '.join(missing)}")

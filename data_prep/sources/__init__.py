@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+from data_prep.progress import Progress, quiet
 from data_prep.sources import builtin, hf, http, modelscope, path, remote
 from data_prep.sources.archives import settle
 from data_prep.sources.wanted import UnreachableError, Wanted
@@ -24,7 +25,7 @@ class Source(Protocol):
         """What `collect` would read, pinned, without reading it all."""
 
     def collect(
-        self, location: str, scratch: Path, *, wanted: Wanted, pinned: str
+        self, location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
     ) -> Mapping[str, Path]:
         """Name in the dataset → file; files in `scratch` are linked, others are copied."""
 
@@ -43,6 +44,7 @@ def fetch(
     wanted: Wanted = Wanted(),  # noqa: B008 - frozen
     pinned: str | None = None,
     scratch: Path | None = None,
+    on_progress: Progress = quiet,
 ) -> None:
     """Write the raw dataset `source` (`scheme:location`) into the folder `dest`.
 
@@ -68,7 +70,11 @@ def fetch(
     with TemporaryDirectory(dir=dest.parent, prefix=".fetch-") as temporary:
         scratch = scratch or Path(temporary)
         found = SOURCES[scheme].collect(
-            location, scratch, wanted=wanted, pinned=pinned.partition(":")[2]
+            location,
+            scratch,
+            wanted=wanted,
+            pinned=pinned.partition(":")[2],
+            on_progress=on_progress,
         )
         settle(found, dest, scratch=scratch)
 

@@ -31,6 +31,7 @@ from data_prep.files import is_inside, link_or_copy
 from vlmcore.errors import DataError
 
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+COMPRESSED_TABLES = (".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
 _CHUNK_BYTES = 1 << 20
 _MAX_LINK_BYTES = 4096
 _MAX_TAIL_CHUNKS = 16  # behind a tar's end marker is padding, some kB of zeros
@@ -84,7 +85,7 @@ def settle(files: Mapping[str, Path], dest: Path, *, scratch: Path) -> None:
 def is_archive(file: Path) -> bool:
     """Whether a file is to be unpacked; a webdataset shard is a tar too, but stays as it is."""
     name = file.name.lower()
-    if name.endswith((".zip", *COMPRESSED_TARS)):
+    if name.endswith((".zip", *COMPRESSED_TARS, *COMPRESSED_TABLES)):
         return True
     return name.endswith(".tar") and not _is_shard(file)
 
@@ -101,14 +102,19 @@ def _is_shard(file: Path) -> bool:
 
 
 def unpack(archive: Path, target: Path, *, limits: Limits = LIMITS) -> None:
-    """Unpack a zip, or a tar with or without compression, into the folder `target`.
+    """Unpack a zip, a tar with or without compression or a .gz table into the folder `target`.
 
     Raises:
         DataError: with the names of the archive and the member: a path or link that leads out, a
             device, an encrypted or damaged member, another file in its place, or too much of it.
     """
     unpacking = _Unpacking(archive, target, limits)
-    members = _zip_members if archive.name.lower().endswith(".zip") else _tar_members
+    name = archive.name.lower()
+    members = _tar_members
+    if name.endswith(".zip"):
+        members = _zip_members
+    elif name.endswith(COMPRESSED_TABLES):
+        members = _only_member
     try:
         for member in members(archive):
             unpacking.take(member)
@@ -217,6 +223,10 @@ class _Unpacking:
                 f"is part of a bomb: {self._packed_bytes} bytes have grown to more than "
                 f"{self._num_bytes}, {self._limits.max_ratio} times as many are allowed"
             )
+
+
+def _only_member(archive: Path) -> Iterator[_Member]:
+    yield _Member(archive.name[: -len(".gz")], open=partial(gzip.open, archive))
 
 
 def _zip_members(archive: Path) -> Iterator[_Member]:

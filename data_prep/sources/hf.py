@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.progress import Progress
 from data_prep.sources.http import Download, download, sha256_check, unreachable
 from data_prep.sources.wanted import PLAN_TIMEOUT_S, UnreachableError, Wanted, fetch_all
 from data_prep.tables import README
@@ -44,7 +45,9 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
     return f"{location}@{info.sha}"
 
 
-def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+def collect(
+    location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
+) -> Mapping[str, Path]:
     """Download the wanted files of the pinned commit, or take them from the client's cache.
 
     Raises:
@@ -52,12 +55,14 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
         DataError: it may not be read, or a file is not what the commit says.
     """
     commit = pinned.rpartition("@")[2]
+    sizes: dict[str, int] = {}
     fetch: Callable[[str], Path]
     try:
         with _explained(location, commit):
             tree = _api().list_repo_tree(**repository(location), revision=commit, recursive=True)
             entries = {one.path: one for one in tree if hasattr(one, "blob_id")}
         fetch, names = partial(_fetch, location, commit, entries, scratch), sorted(entries)
+        sizes = {name: entry.size for name, entry in entries.items()}
     except UnreachableError:
         folder = _cached(location, commit)
         if folder is None:
@@ -69,7 +74,7 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
         where=f"hf:{location}",
         read_readme=lambda: fetch(README).read_text(encoding="utf-8", errors="replace"),
     )
-    return fetch_all(names, fetch)
+    return fetch_all(names, fetch, scratch=scratch / commit, sizes=sizes, on_progress=on_progress)
 
 
 def _fetch(

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from data_prep.progress import Progress, watched
 from data_prep.sources.wanted import PLAN_TIMEOUT_S, UnreachableError, Wanted
 from vlmcore.errors import DataError
 
@@ -61,7 +62,9 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
     return f"{validator};size={size}"
 
 
-def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+def collect(
+    location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
+) -> Mapping[str, Path]:
     """Download the file under the last name of its address.
 
     Raises:
@@ -78,7 +81,8 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
     name = unquote(PurePosixPath(urlsplit(url).path).name) or "download"
     target = scratch / hashlib.sha256(f"{url} {pinned}".encode()).hexdigest()[:16] / name
     check = sha256_check(sha256) if sha256 else None
-    download(Download(url, {}, size=size, validator=validator, check=check), target)
+    with watched(target.parent, total_bytes=size or 0, on_progress=on_progress):
+        download(Download(url, {}, size=size, validator=validator, check=check), target)
     return {name: target}
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.progress import Progress
 from data_prep.sources.hf import COMMIT, repository
 from data_prep.sources.http import unreachable
 from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted, fetch_all
@@ -36,7 +37,9 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
     return f"{location}@{_digest(_list(location, wanted.revision))}"
 
 
-def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+def collect(
+    location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
+) -> Mapping[str, Path]:
     """Download the wanted files.
 
     Raises:
@@ -65,7 +68,8 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
         where=f"modelscope:{location}",
         read_readme=lambda: fetch(README).read_text(encoding="utf-8", errors="replace"),
     )
-    return fetch_all(names, fetch)
+    sizes = {name: entry.size or 0 for name, entry in entries.items()}
+    return fetch_all(names, fetch, scratch=scratch / pin, sizes=sizes, on_progress=on_progress)
 
 
 def _list(location: str, revision: str | None) -> list["FileInfo"]:

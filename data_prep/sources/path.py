@@ -4,19 +4,25 @@ Files are copied: a later edit of the user's own file must not reach into a fini
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from data_prep.files import is_inside
+from data_prep.progress import Progress
+from data_prep.rows import read_rows, row_ranges
+from data_prep.sources.archives import COMPRESSED_TABLES, unpack
 from data_prep.sources.wanted import Wanted
 from vlmcore.errors import DataError
 
+ROWS_AT_ONCE = 10_000
 _NAMING = ("image", "images", "video", "videos")  # the columns whose texts are names of files
 
 
-def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+def collect(
+    location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
+) -> Mapping[str, Path]:
     """The files of the folder, those that `include` names; a single JSONL is `train.jsonl`.
 
     Raises:
@@ -66,20 +72,13 @@ def _named_files(table: Path) -> set[str]:
 
 
 def _rows(table: Path) -> Iterator[object]:
-    if table.suffix == ".jsonl":
-        with table.open("rb") as file:
-            for line in file:
-                yield from _parsed(line)
-    elif table.suffix == ".json":
-        for rows in _parsed(table.read_bytes()):
-            yield from _listed(rows)
-
-
-def _parsed(text: bytes) -> Iterator[object]:
-    try:
-        yield json.loads(text)
-    except (ValueError, RecursionError):
-        return
+    with TemporaryDirectory() as unpacked:
+        if table.name.lower().endswith(COMPRESSED_TABLES):
+            unpack(table, Path(unpacked))
+            (table,) = Path(unpacked).iterdir()
+        if table.suffix in (".jsonl", ".json", ".csv", ".tsv"):
+            for rows in row_ranges(table, key_prefix="", max_rows=ROWS_AT_ONCE):
+                yield from (row for _, row in read_rows(rows))
 
 
 def _listed(value: object) -> list:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.progress import Progress
 from data_prep.sources.http import sha256_check, split_sha256, unreachable
 from data_prep.sources.wanted import PLAN_TIMEOUT_S, Wanted, fetch_all
 from data_prep.tables import README
@@ -47,7 +48,9 @@ def fingerprint(location: str, *, wanted: Wanted) -> str:
     return _digest(_list(split_sha256(location)[0]))
 
 
-def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Mapping[str, Path]:
+def collect(
+    location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
+) -> Mapping[str, Path]:
     """Download the wanted objects, each going on where a killed download stopped.
 
     Raises:
@@ -66,7 +69,13 @@ def collect(location: str, scratch: Path, *, wanted: Wanted, pinned: str) -> Map
     )
     if sha256 and len(names) > 1:
         raise DataError(f"{url} is {len(names)} objects: #sha256= is for a single one.")
-    found = fetch_all(names, fetch)
+    found = fetch_all(
+        names,
+        fetch,
+        scratch=scratch / pinned[:16],
+        sizes={name: info["size"] for name, info in objects.items()},
+        on_progress=on_progress,
+    )
     for path in found.values():
         if sha256 and (flaw := sha256_check(sha256)(path)):
             path.unlink()

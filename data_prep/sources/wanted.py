@@ -1,11 +1,12 @@
 """What of a source is wanted, and the files of it that this makes necessary."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from data_prep.progress import Progress, watched
 from data_prep.tables import README, choose_tables, superfluous_tables
 from vlmcore.errors import DataError
 
@@ -65,9 +66,25 @@ class Wanted:
         return [name for name in here if name not in unwanted]
 
 
-def fetch_all(names: Sequence[str], fetch: Callable[[str], Path]) -> dict[str, Path]:
-    """Name → file, several fetched at once; the first error ends all that has not begun."""
-    with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+def fetch_all(
+    names: Sequence[str],
+    fetch: Callable[[str], Path],
+    *,
+    scratch: Path,
+    sizes: Mapping[str, int],
+    on_progress: Progress,
+) -> dict[str, Path]:
+    """Name → file, several fetched at once; the first error ends all that has not begun.
+
+    Args:
+        scratch: where the files arrive.
+        sizes: bytes of each; empty where nothing has to come.
+    """
+    total = sum(sizes[name] for name in names if name in sizes)
+    with (
+        watched(scratch, total_bytes=total, on_progress=on_progress),
+        ThreadPoolExecutor(NUM_CONNECTIONS) as pool,
+    ):
         try:
             return dict(zip(names, pool.map(fetch, names), strict=True))
         except BaseException:

@@ -16,10 +16,10 @@ from megatron.energon import (
     stateless,
 )
 
-from data_prep.blend import write_blend
 from data_prep.energon import prepare
 from data_prep.shards import write_shards
 from data_prep.sources import fetch
+from vlmcore.dataloading.loader import train_loader
 from vlmcore.errors import DataError
 
 
@@ -49,6 +49,13 @@ class RawEncoder(DefaultTaskEncoder):
 
     def __init__(self):
         super().__init__(raw_batch_type=list)
+
+
+class OneByOne(RawEncoder):
+    """As a trainer that takes batches of one."""
+
+    def batch(self, samples):
+        return samples[0]
 
 
 def read_split(dataset, split, *, rank=0, world_size=1):
@@ -207,19 +214,18 @@ def test_a_blend_draws_by_weight_whatever_the_sizes(make_raw, row, tmp_path):
         raw.mkdir()
         lines = [json.dumps(row(f"{name}?", images=())) for _ in range(size)]
         (raw / "train.jsonl").write_text("\n".join(lines))
-        (raw / "val.jsonl").write_text("\n".join(lines[:5]))
         write_shards(raw, tmp_path / name / "shards", max_bad_ratio=0, num_workers=1)
         prepare(tmp_path / name / "shards", tmp_path / name / "energon")
         weights[tmp_path / name / "energon"] = weight
-    write_blend(tmp_path / "blend.yaml", weights)
-    loaded = get_train_dataset(
-        tmp_path / "blend.yaml",
-        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
-        batch_size=None,
-        shuffle_buffer_size=None,
-        max_samples_per_sequence=None,
-        task_encoder=RawEncoder(),
+    loader = train_loader(
+        weights,
+        OneByOne(),
+        micro_batch_size=1,
+        packing_buffer_size=None,
+        seed=0,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        blend_file=tmp_path / "blend.yaml",
     )
-    drawn = [one.messages[0]["content"] for one in islice(get_loader(loaded), 2000)]
+    drawn = [one.messages[0]["content"] for one in islice(loader, 2000)]
     assert drawn.count("small?") / len(drawn) == pytest.approx(0.75, abs=0.04)
-    assert len(read_split(tmp_path / "blend.yaml", "val")) == 10

@@ -21,6 +21,15 @@ MMMU = [f"{s}/{p}-00000-of-00001.parquet" for s in ("Art", "Math") for p in ("de
             {"train": ["train.jsonl"], "val": ["val.jsonl"]},
         ),
         (["only.json"], {"train": ["only.json"]}),
+        (["train.csv", "notes.txt"], {"train": ["train.csv"]}),
+        (  # `save_to_disk` of a dataset with splits
+            ["dataset_dict.json", "test/data-00000-of-00001.arrow", "test/state.json"]
+            + [f"train/data-0000{n}-of-00002.arrow" for n in range(2)],
+            {
+                "train": [f"train/data-0000{n}-of-00002.arrow" for n in range(2)],
+                "test": ["test/data-00000-of-00001.arrow"],
+            },
+        ),
         (["data/all.parquet"], {"train": ["data/all.parquet"]}),
         (["x/y/part-10.tar", "x/y/part-9.tar"], {"train": ["x/y/part-9.tar", "x/y/part-10.tar"]}),
         (

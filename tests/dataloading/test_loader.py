@@ -52,7 +52,13 @@ def loader(encoder: ConversationEncoder, tiny_dataset: Path, tmp_path: Path) -> 
             "blend_file": tmp_path / "blend.yaml",
         }
         task_encoder = ConversationTaskEncoder(encoder, max_length=max_length, multiple=multiple)
-        built.append(train_loader([tiny_dataset] * copies, task_encoder, **(options | changed)))
+        datasets = {tiny_dataset: 1.0}
+        for index in range(1, copies):  # the same one under another name
+            link = tmp_path / f"copy{index}"
+            if not link.exists():
+                link.symlink_to(tiny_dataset)
+            datasets[link] = 1.0
+        built.append(train_loader(datasets, task_encoder, **(options | changed)))
         return built[-1]
 
     yield build
@@ -317,7 +323,7 @@ def test_a_stage_says_how_its_samples_are_read(
         )
         built = stage_loader(
             stage,
-            [tiny_dataset],
+            {tiny_dataset: 1.0},
             stage_task_encoder(stage, tiny_model("qwen3_vl")),
             data_parallel_rank=0,
             data_parallel_size=1,

@@ -1,6 +1,7 @@
 """`vlmflow data` as a person types it; one process a call, so few calls."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from flows.cli import app
+from vlmcore.errors import DataError
 
 run_cli = CliRunner().invoke
 
@@ -46,9 +48,32 @@ def test_convert_prepare_and_audit_in_a_row(raw, tmp_path):
     assert "data audit" in (out / "audit.html").read_text()
 
 
+def test_any_source_of_a_recipe_is_fetched_and_leaves_nothing_behind(raw, tmp_path):
+    shutil.make_archive(str(tmp_path / "packed"), "zip", raw)
+    out, source = tmp_path / "out", f"file://{tmp_path / 'packed.zip'}#20"
+    options = ["--format", "messages", "--workers", "1", "--json"]
+    done = run_cli(app, ["data", "convert", source, str(out), *options])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["samples"] == 20
+    assert sorted(path.name for path in out.iterdir()) == ["report.json", "train-000000.tar"]
+
+
+def test_what_was_fetched_is_kept_until_its_shards_are_whole(raw, tmp_path):
+    shutil.make_archive(str(tmp_path / "packed"), "zip", raw)
+    out, source = tmp_path / "out", f"path:{tmp_path / 'packed.zip'}"
+    options = ["--format", "messages", "--workers", "1", "--json", "--max-bad-ratio"]
+    refused = run_cli(app, ["data", "convert", source, str(out), *options, "0"])
+    assert isinstance(refused.exception, DataError)
+    (fetched,) = out.glob(".raw-*")
+    assert (fetched / "59.png").exists()
+    done = run_cli(app, ["data", "convert", source, str(out), *options, "0.1"])
+    assert json.loads(done.stdout)["dropped"] == {"bad_json": 1}
+    assert not list(out.glob(".*"))
+
+
 BAD_CALLS = {
     "nothing there": (["convert", "gone.jsonl", "out"], "nothing is there"),
-    "no table": (["convert", "raw/0.png", "out"], "is no table"),
+    "no table": (["convert", "raw/0.png", "out"], "no table of rows there"),
     "an unknown format": (["convert", "raw/rows.jsonl", "out", "--format", "csv"], "--format:"),
     "a bad column": (["convert", "raw/rows.jsonl", "out", "--column", "x"], "is not THEIRS=OURS"),
     "a ratio above 1": (["convert", "raw/rows.jsonl", "out", "--max-bad-ratio", "2"], "ratio:"),

@@ -30,9 +30,10 @@ SMALL = {
 }
 STAGES = [
     "data.numbers.raw", "data.spelling.raw", "data.numbers.shards", "data.spelling.shards",
-    "data.numbers.energon", "data.spelling.energon", "model.vlm", "model.llm", "to_mcore.llm",
-    "train.teach", "export.teach", "swap", "to_mcore", "train.align", "export.align",
-    "train.full", "export.full", "data.numbers.holdout", "evaluate.full.holdout", "report",
+    "data.numbers.energon", "data.spelling.energon", "data.numbers.holdout", "data.numbers.audit",
+    "data.spelling.audit", "model.vlm", "model.llm", "to_mcore.llm", "train.teach", "export.teach",
+    "swap", "to_mcore", "train.align", "export.align", "train.full", "export.full",
+    "evaluate.full.holdout", "report",
 ]  # fmt: skip
 
 

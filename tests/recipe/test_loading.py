@@ -235,6 +235,8 @@ REPLACED = {
     "serve.extra_args.max-num-seqs=4": lambda r: r.serve.extra_args == {"max-num-seqs": 4},
     "serve.extra_args={a: no, b: 1.0}": lambda r: r.serve.extra_args == {"a": "no", "b": 1.0},
     "data.numbers.options.seed=3": lambda r: r.data["numbers"].options == {"seed": 3},
+    "data.numbers.split=[9, 1, 0]": lambda r: r.data["numbers"].split_ratios == (9, 1, 0),
+    "data.numbers.split=validation": lambda r: r.data["numbers"].split == "validation",
     "data.more.source=path:a=b": lambda r: [d.source for d in r.data.values()][1:] == ["path:a=b"],
     "train.full.freeze_vit=yes": lambda r: r.train[1].freeze_vit is True,
     "model.llm=": lambda r: r.model.llm is None,

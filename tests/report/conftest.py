@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.audit import audit_shards
+from data_prep.audit_page import describe
 from data_prep.holdout import write_holdout
 from data_prep.shards import write_shards
 from data_prep.sources import fetch
@@ -174,6 +176,8 @@ def build_data(run: Run, name: str, **options: int) -> None:
         raw,
     )
     run.stage(f"data.{name}.energon", write({"split.json": {}}), shards)
+    audit = describe(audit_shards(run.folders[shards]))
+    run.stage(f"data.{name}.audit", write({"audit.json": audit}), shards)
 
 
 def build_donors(run: Run) -> None:

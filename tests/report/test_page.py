@@ -241,6 +241,28 @@ def test_large_images_are_made_small_and_an_unreadable_one_is_named(build_run):
 
     html = render_report(build_run(change).report())
     assert len(html.encode()) < 5e6
-    assert html.count('src="data:image/jpeg;base64,') == 23
+    answers = html.partition('id="scores"')[2]
+    assert answers.count('src="data:image/jpeg;base64,') == 23
     assert 'width="384" height="256"' in html
     assert "images/gone.png is not there" in html
+
+
+def test_the_audit_of_each_dataset_is_shown_and_a_leak_stands_out(build_run):
+    def change(stage, folder):
+        if stage == "data.numbers.audit":
+            found = json.loads((folder / "audit.json").read_text())
+            found["figures"]["leaks"] = 21
+            found["leaks"] = [["train-000007", "data.numbers.holdout/test-000001", "<same bytes>"]]
+            (folder / "audit.json").write_text(json.dumps(found))
+        if stage == "data.words.audit":
+            (folder / "audit.json").rename(folder / "other.json")
+
+    html = render_report(build_run(change).report())
+    data = html.partition('id="data"')[2].partition('id="training"')[0]
+    assert '<dt>suspected leaks</dt><dd class="bad">21</dd>' in data
+    assert "train-000007" in data
+    assert "&lt;same bytes&gt;" in data
+    assert "and 20 more" in data
+    assert data.count('class="histogram"') == 3
+    assert data.count('<article class="sample">') == 16
+    assert "audit.json is absent from the artifact of data.words.audit." in data

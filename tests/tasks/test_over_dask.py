@@ -9,8 +9,6 @@ from data_prep.convert import convert
 from tasks.over_dask import mapper_over_dask
 from vlmcore.recipe.schema import Dataset
 
-pytest.importorskip("prefect_dask")
-
 
 def digests(folder):
     return {

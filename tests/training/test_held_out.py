@@ -71,7 +71,7 @@ def run(tiny_model: Callable[..., Path], dataset: Callable[[int], Path]) -> Run:
         job = TrainJob(
             stage=stage(**(FIELDS | fields)),
             model_dir=model_dir,
-            datasets=(data,),
+            datasets={data: 1.0},
             output_dir=folder / "output",
             scratch_dir=folder / "scratch",
         )

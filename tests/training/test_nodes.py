@@ -56,7 +56,7 @@ def job_of(folder: Path, model_dir: Path, dataset: Path, **fields: Any) -> Path:
             train_iters=3, max_length=64, packing_buffer_size=24, learning_rate=1e-3, **fields
         ),
         model_dir=model_dir,
-        datasets=(dataset,),
+        datasets={dataset: 1.0},
         output_dir=folder / "output",
         scratch_dir=folder / "scratch",
     )

@@ -51,7 +51,7 @@ def run(
         job = TrainJob(
             stage=stage(**(FIELDS | fields)),
             model_dir=model_dir,
-            datasets=(tiny_dataset,),
+            datasets={tiny_dataset: 1.0},
             output_dir=folder / "output",
             scratch_dir=folder / "scratch",
         )

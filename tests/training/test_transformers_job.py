@@ -36,7 +36,7 @@ def run(tiny_model: Callable[..., Path], tiny_dataset: Path) -> Run:
         job = TrainJob(
             stage=stage(**(FIELDS | {"engine": "transformers"} | fields)),
             model_dir=model_dir or tiny_model("qwen3_vl"),
-            datasets=(tiny_dataset,),
+            datasets={tiny_dataset: 1.0},
             output_dir=folder / "output",
             scratch_dir=folder / "scratch",
         )

@@ -51,7 +51,7 @@ def run(
 ) -> dict[str, Any]:
     """Figures of the last step and the weights that were written."""
     training, outcome, _ = steps(hf_dir, rows, stage, work, until=stage.train_iters)
-    job = TrainJob(stage=stage, model_dir=hf_dir, datasets=(), output_dir=out, scratch_dir=work)
+    job = TrainJob(stage=stage, model_dir=hf_dir, datasets={}, output_dir=out, scratch_dir=work)
     training.write(job)
     return outcome | {"weights": saved(out) if dist.get_rank() == 0 else {}}
 

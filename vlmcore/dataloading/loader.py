@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def row_maker(stage: TrainStage, encoder: ConversationEncoder) -> ConversationTa
 
 def stage_loader(
     stage: TrainStage,
-    datasets: Sequence[Path],
+    datasets: Mapping[Path, float],
     task_encoder: ConversationTaskEncoder,
     *,
     data_parallel_rank: int,
@@ -74,7 +74,7 @@ def stage_loader(
 
 
 def train_loader(
-    datasets: Sequence[Path],
+    datasets: Mapping[Path, float],
     task_encoder: ConversationTaskEncoder,
     *,
     micro_batch_size: int,
@@ -88,7 +88,8 @@ def train_loader(
     """An endless loader of this data parallel rank's rows.
 
     Args:
-        datasets: Energon dataset folders; several are blended with equal weight.
+        datasets: Energon dataset folder → its weight: of several, each is drawn from in
+            proportion to it, however many samples it has.
         task_encoder: Encodes and packs.
         micro_batch_size: Samples of a row without packing.
         packing_buffer_size: Samples the packer looks at together; None: no packing.
@@ -109,7 +110,7 @@ def train_loader(
         global_error_handler=reraise_exception,  # a sample is dropped on purpose or not at all
     )
     dataset: Any = get_train_dataset(
-        datasets[0] if len(datasets) == 1 else _blend(datasets, blend_file),
+        next(iter(datasets)) if len(datasets) == 1 else _blend(datasets, blend_file),
         worker_config=worker_config,
         batch_size=None if packing_buffer_size else micro_batch_size,
         packing_buffer_size=packing_buffer_size,
@@ -134,8 +135,8 @@ def stop_workers(loader: SavableDataLoader[PackedRow]) -> None:
         iterator._shutdown_workers()
 
 
-def _blend(datasets: Sequence[Path], blend_file: Path) -> Path:
-    parts = [{"path": str(path.resolve()), "weight": 1.0} for path in datasets]
+def _blend(datasets: Mapping[Path, float], blend_file: Path) -> Path:
+    parts = [{"path": str(path.resolve()), "weight": weight} for path, weight in datasets.items()]
     blend = {
         "__module__": "megatron.energon",
         "__class__": "MetadatasetV2",

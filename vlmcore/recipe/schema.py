@@ -67,7 +67,9 @@ class Dataset(Section):
         default=None, description="The source's name of a subset; empty: its default or only one."
     )
     split: str | None = Field(
-        default=None, description="The source's name of its only split that is read; empty: all."
+        default=None,
+        description="The source's name of its only split that is read; empty: all. Three numbers "
+        "here are `split_ratios`.",
     )
     include: tuple[str, ...] = Field(
         default=(), description="Globs of the source's files that are fetched; empty: all."
@@ -163,6 +165,16 @@ class Dataset(Section):
             text = f"{value['limit']}, but the source says #{limit}; leave one of them out"
             raise CrossFieldError([(("limit",), text)])
         return {**value, "source": found["source"], "limit": limit}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratios_as_split(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("split"), list | tuple):
+            return value
+        if value.get("split_ratios") is not None:
+            raise CrossFieldError([(("split_ratios",), "`split` holds ratios too; leave one out")])
+        rest = {name: given for name, given in value.items() if name != "split"}
+        return {**rest, "split_ratios": value["split"]}
 
     @model_validator(mode="after")
     def _dealt_as_asked(self) -> Dataset:

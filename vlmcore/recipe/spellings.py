@@ -97,6 +97,8 @@ OTHERWISE: dict[str, tuple[str, str]] = {
         "global_batch_size",
         "micro_batch_size × data parallel size × gradient_accumulation_steps",
     ),
+    "split_dataset_ratio": ("split_ratios", "parts of train, val and test: [99, 1, 0] for 0.01"),
+    "val_size": ("split_ratios", "parts of train, val and test: [99, 1, 0] for 0.01"),
     "bf16": ("torch_dtype", "bfloat16"),
     "fp16": ("torch_dtype", "float16"),
 }

@@ -80,6 +80,38 @@ class Shards(_Document):
     examples: dict[str, list[str]]
 
 
+class AuditFigures(_Document):
+    """Counts of an audit; leaks are train samples with an image that is also held out."""
+
+    duplicates: int
+    near_duplicates: int
+    leaks: int
+    undecodable: int
+    tokens: int
+    tokens_are_estimated: bool
+
+
+class AuditSample(_Document):
+    """A sample to look at: turns of (role, text), images as data URIs, empty if unreadable."""
+
+    split: str
+    key: str
+    turns: list[tuple[str, str]]
+    images: list[str]
+
+
+class Audit(_Document):
+    """`audit.json` of a dataset's shards.
+
+    `leaks`: the first few, (train sample, where it is held out, how alike); `plots`: SVG.
+    """
+
+    figures: AuditFigures
+    leaks: list[tuple[str, str, str]]
+    plots: list[str]
+    shown: list[AuditSample]
+
+
 class Step(_Document):
     """One line of `metrics.jsonl`."""
 

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 from vlmcore.artifacts import BuildRecord
 from vlmcore.report.answers import Sample, collect_samples
 from vlmcore.report.documents import (
+    Audit,
     Conversion,
     Evidence,
     FreezeGroup,
@@ -164,7 +165,12 @@ def render_report(report: ReportInput) -> str:
             _check("Export reload", "#reload", reloads, lambda tests: tests),
         ],
         data=[
-            read_document(report.folders, stage, "report.json", Shards)
+            (
+                read_document(report.folders, stage, "report.json", Shards),
+                read_document(
+                    report.folders, f"{stage.removesuffix('.shards')}.audit", "audit.json", Audit
+                ),
+            )
             for stage in report.folders
             if stage.startswith("data.") and stage.endswith(".shards")
         ],

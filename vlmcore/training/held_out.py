@@ -88,7 +88,7 @@ class HeldOut:
         stage = self.job.stage
         rows = held_out_rows(
             stage,
-            self.job.datasets,
+            list(self.job.datasets),
             self.task_encoder,
             data_parallel_rank=self.training.data_parallel_rank,
             data_parallel_size=self.training.data_parallel_size,

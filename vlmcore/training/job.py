@@ -19,7 +19,7 @@ class TrainJob(BaseModel):
     Attributes:
         stage: The recipe's stage.
         model_dir: Model folder to start from, Megatron (`checkpoint/` and `hf/`) or HF.
-        datasets: Energon datasets.
+        datasets: Energon dataset → how often it is drawn from, relative to the others.
         output_dir: Gets the trained model folder in the same form, the metrics and the trainable
             table; of a LoRA stage also the adapter as peft's folder, which the model has merged.
         scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
@@ -30,7 +30,7 @@ class TrainJob(BaseModel):
 
     stage: TrainStage
     model_dir: Path
-    datasets: tuple[Path, ...]
+    datasets: dict[Path, float]
     output_dir: Path
     scratch_dir: Path
 
