@@ -52,7 +52,7 @@ Page = tuple[str, list[str]]  # image file, rows of digits
 
 
 def page_writer(folder: Path, draw: random.Random) -> Callable[[int, int], Page]:
-    """What pastes (rows, columns) of random digits together, writes them, and says what they are."""
+    """What pastes rows × columns of random digits together, writes them, and says which."""
     from sklearn.datasets import load_digits
 
     from data_prep.sources.handwritten_numbers import compose
@@ -91,7 +91,10 @@ def mixed_rows(write_page: Callable[[int, int], Page], draw: random.Random) -> I
             if side > 1 and len(images) < MAX_PAGES and draw.random() < 0.8:
                 name, lines = write_page(side, side)
                 images.append(name)
-                messages += [turn("user", f"<image>{PHRASES[0]}"), turn("assistant", "".join(lines))]
+                messages += [
+                    turn("user", f"<image>{PHRASES[0]}"),
+                    turn("assistant", "".join(lines)),
+                ]
                 left -= PAGE_TURN_TOKENS + 2 * side**2
                 continue
             size = max(2, round(share - TEXT_TURN_TOKENS))
