@@ -52,7 +52,7 @@ Page = tuple[str, list[str]]  # image file, rows of digits
 
 
 def page_writer(folder: Path, draw: random.Random) -> Callable[[int, int], Page]:
-    """What pastes (rows, columns) of random digits together, writes them, and says what they are."""
+    """What pastes rows × columns of random digits together, writes them, and says which."""
     from sklearn.datasets import load_digits
 
     from data_prep.sources.handwritten_numbers import compose

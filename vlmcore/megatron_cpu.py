@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -25,12 +26,20 @@ def install() -> None:
     global _mode
     if torch.cuda.is_available() or _mode is not None:
         return
-    # compiling Megatron's small fused functions for a CPU costs minutes and gains nothing
+    # compiling Megatron's small fused functions for a CPU costs minutes and gains nothing; the
+    # compiler's import alone, where Megatron asks for it, takes two seconds
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    torch.compile = _uncompiled  # type: ignore[assignment]
     _replace_cuda_calls()
     _replace_megatron_calls()
+    _replace_collectives()
     _mode = _CudaIsCpu()
     _mode.__enter__()
+
+
+def _uncompiled(function: Any = None, **_: Any) -> Any:
+    """What stands for `torch.compile`, as a decorator with options and without."""
+    return function if function is not None else lambda decorated: decorated
 
 
 def suspended() -> contextlib.AbstractContextManager[object]:
@@ -133,6 +142,7 @@ def _replace_cuda_calls() -> None:
 
 
 def _replace_megatron_calls() -> None:
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as tp_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -140,6 +150,9 @@ def _replace_megatron_calls() -> None:
     module: Any = tp_random
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    module = schedules  # a model asks for its device by `current_device` alone
+    module.forward_step = _at_full_speed(schedules.forward_step)
+    module.backward_step = _at_full_speed(schedules.backward_step)
     module = token_dispatcher
     module.maybe_move_tensor_to_cpu = _host_value
     module = mappings
@@ -147,6 +160,40 @@ def _replace_megatron_calls() -> None:
     module._reduce_scatter_along_first_dim = _uneven_reduce_scatter(
         mappings._reduce_scatter_along_first_dim
     )
+
+
+def _at_full_speed(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with suspended():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _replace_collectives() -> None:
+    """One rank alone need not wait until gloo's threads have handed it what it has."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    distributed: Any = dist
+    distributed.all_reduce = _unless_alone(dist.all_reduce, lambda tensor, *_, **__: None)
+    buffer: Any = param_and_grad_buffer
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(buffer, name, _unless_alone(getattr(buffer, name), _copy_own))
+
+
+def _unless_alone(collective: Callable[..., Any], alone: Callable[..., None]) -> Callable[..., Any]:
+    def call(*args: Any, group: Any = None, async_op: bool = False, **kwargs: Any) -> Any:
+        if dist.get_world_size(group) > 1:
+            return collective(*args, group=group, async_op=async_op, **kwargs)
+        alone(*args, **kwargs)
+        return _Event() if async_op else None
+
+    return call
+
+
+def _copy_own(target: Tensor, source: Tensor, **_: Any) -> None:
+    if target.data_ptr() != source.data_ptr():
+        target.copy_(source)
 
 
 def _host_value(value: Any, *, as_numpy: bool = False, **_: Any) -> Any:

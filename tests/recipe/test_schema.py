@@ -121,6 +121,18 @@ STAGE = {"name": "x", "data": ("d",), "train_iters": 1}
          "tuner_type", "use lora"),
         ({"recompute_modules": ["mlp"]}, "recompute_modules", "only for recompute_granularity"),
         ({"vit_lr": 1e-3, "freeze_vit": True}, "vit_lr", "freeze_vit is true"),
+        ({"overlap_param_gather": True}, "overlap_param_gather", "needs overlap_grad_reduce"),
+        ({"hysteresis": 1}, "hysteresis", "only for torch_dtype float16"),
+        ({"torch_dtype": "float16", "initial_loss_scale": 2.0, "min_loss_scale": 4.0},
+         "min_loss_scale", "4 is above initial_loss_scale"),
+        ({"optimizer_offload_fraction": 0.5}, "optimizer_offload_fraction",
+         "only with optimizer_cpu_offload"),
+        ({"optimizer_cpu_offload": True, "torch_dtype": "float16"}, "optimizer_cpu_offload",
+         "needs torch_dtype bfloat16, found float16"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end", "needs eval_interval"),
+        ({"master_addr": "first"}, "master_addr", "only for nnodes above 1"),
+        ({"nnodes": 3, "tensor_model_parallel_size": 8}, "tensor_model_parallel_size",
+         "8 does not divide nnodes × nproc_per_node = 12"),
     ],
 )  # fmt: skip
 def test_a_stage_that_cannot_be_trained_so_is_refused(

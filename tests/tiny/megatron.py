@@ -31,12 +31,14 @@ def prepared(stage: TrainStage, hf_dir: Path, **options: Any) -> Iterator[Traini
     """A stage laid out over the ranks and ready to train; empty afterwards.
 
     What refers to a model keeps its process groups and their threads alive: after forty layouts
-    nothing else runs. The config refers to the optimizer, a cycle that no collector sees through.
+    nothing else runs. The config refers to optimizer and chunks, a cycle that no collector sees
+    through.
     """
     with model_parallel(stage.layout, seed=0):
         training = prepare(stage, hf_dir, **options)
         try:
             yield training
         finally:
-            training.modules[0].config.grad_scale_func = None
+            config = training.modules[0].config
+            config.grad_scale_func = config.no_sync_func = None
             vars(training).clear()

@@ -82,3 +82,21 @@ def test_only_fp16_has_a_loss_scale(results: Any) -> None:
 
 def test_offload_is_refused_where_there_is_nothing_to_offload_from(results: Any) -> None:
     assert "optimizer_cpu_offload: this machine has no CUDA device" in results["offload"]
+
+
+def test_offloaded_parameters_train_and_resume_as_the_others_do(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    launch(
+        "tests.training.offload_rank",
+        [str(tiny_model("qwen3_vl")), str(tmp_path / "out.json")],
+        nproc_per_node=1,
+        log_path=tmp_path / "log",
+    )
+    found = json.loads((tmp_path / "out.json").read_text())
+    on_host, on_gpu = found["half"]["on_host_and_gpu"]
+    assert 0.5 <= on_host / (on_host + on_gpu) < 0.7
+    assert found["all"]["on_host_and_gpu"][1] == 0
+    for name in ("half", "all"):
+        assert found[name]["losses"] == pytest.approx(found["none"]["losses"], rel=1e-6)
+    assert found["none"]["losses"][-1] < 0.6 * found["none"]["losses"][0]

@@ -1,7 +1,9 @@
 """Whole jobs of the transformers engine under torchrun, killed and not, on a small dataset."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,22 @@ from safetensors.torch import load_file
 
 from tests.tiny.adapters import with_adapter
 from tests.tiny.megatron import stage
-from tests.training.test_resume import FIELDS, SAVE_INTERVAL, STEPS, kill
 from vlmcore.errors import ProcessError, TrainError
 from vlmcore.training.job import ADAPTER, METRICS, TRAINABLE, TrainJob
 from vlmcore.training.launch import launch
 from vlmcore.weights.convert import to_mcore
+
+STEPS, SAVE_INTERVAL = 8, 3
+FIELDS = {
+    "engine": "transformers",
+    "train_iters": STEPS,
+    "save_interval": SAVE_INTERVAL,
+    "log_interval": 1,
+    "learning_rate": 1e-3,
+    "lr_decay_style": "cosine",
+    "max_length": 64,
+    "packing_buffer_size": 24,
+}
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., Path]
@@ -34,7 +47,7 @@ def run(tiny_model: Callable[..., Path], tiny_dataset: Path) -> Run:
     ) -> Path:
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         job = TrainJob(
-            stage=stage(**(FIELDS | {"engine": "transformers"} | fields)),
+            stage=stage(**(FIELDS | fields)),
             model_dir=model_dir or tiny_model("qwen3_vl"),
             datasets={tiny_dataset: 1.0},
             output_dir=folder / "output",
@@ -57,11 +70,20 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "output" / METRICS).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("fields", [{}, {"fsdp": "fsdp2"}], ids=["ddp", "fsdp"])
-def test_a_killed_job_goes_on_as_if_nothing_had_happened(
-    run: Run, tmp_path: Path, fields: dict[str, str]
-) -> None:
-    whole = run(tmp_path / "whole", **fields)
+def kill(job_file: Path, environment: bytes) -> None:
+    """kill -9 for the job's processes that carry this environment variable."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            variables = (process / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(job_file).encode() in command and environment in variables:
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
     killed = tmp_path / "killed"
     seen: list[int] = []
 
@@ -71,10 +93,10 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(
             kill(killed / "job.json", b"RANK=1")
 
     with pytest.raises(ProcessError):
-        run(killed, on_step, **fields)
+        run(killed, on_step)
     seen.clear()
     seen.extend([0] * STEPS)  # from here on nothing is killed
-    run(killed, on_step, **fields)
+    run(killed, on_step)
 
     assert seen[STEPS] == SAVE_INTERVAL
     expected, found = metrics(whole), metrics(killed)

@@ -99,6 +99,7 @@ class MediaProcessor:
         if limits.video_max_pixels is not None and not self._has_grids(self._videos):
             raise DataError(_no_such_limit(self._videos, "video_max_pixels"))
         self._crop = self._fixed_crop()
+        self._by_grid: dict[tuple[int, ...], str] = {}
 
     @property
     def placeholders(self) -> dict[str, str]:
@@ -128,12 +129,11 @@ class MediaProcessor:
         width, height = size
         if self._has_grids(self._images):
             grid = self._image_grid(width, height)
-            outline: dict[str, Any] = {"image_grid_thw": torch.tensor([grid])}
-            return Medium(self.processor.replace_image_token(outline, 0), grid)
+            return Medium(self._replacement_of(grid), grid)
         if hasattr(self._images, "max_patches"):
             count = self._images.get_number_of_image_patches(height, width, self._image_options)
             return Medium(self.processor.replace_image_token({"num_patches": [count]}, 0), None)
-        outline = {
+        outline: dict[str, Any] = {
             "pixel_values": self._crop,
             "image_sizes": [(height, width)],
             "batch_num_images": [1 if alone else 2],
@@ -174,7 +174,7 @@ class MediaProcessor:
         images = [one for medium, one in zip(media, pixels, strict=True) if medium.video is None]
         if images:
             outputs |= self._images([images], return_tensors="pt", **self._image_options)
-        made = iter([self.processor.replace_image_token(outputs, i) for i in range(len(images))])
+        made = iter(self._replacements(outputs, len(images)))
         runs = []
         for medium, one in zip(media, pixels, strict=True):
             if medium.video is None:
@@ -220,6 +220,21 @@ class MediaProcessor:
             return torch.empty(0)
         made = self._images(Image.new("RGB", (8, 8)), return_tensors="pt")["pixel_values"]
         return torch.zeros(()).expand(1, 3, *made.shape[-2:])
+
+    def _replacement_of(self, grid: tuple[int, ...]) -> str:
+        """What an image of this grid is replaced by; few grids are met, and asking takes long."""
+        if grid not in self._by_grid:
+            outline = {"image_grid_thw": torch.tensor([grid])}
+            self._by_grid[grid] = self.processor.replace_image_token(outline, 0)
+        return self._by_grid[grid]
+
+    def _replacements(self, outputs: dict[str, Any], num_images: int) -> list[str]:
+        """What the images are replaced by that the processor has made into tensors."""
+        if num_images and self._has_grids(self._images):
+            return [
+                self._replacement_of(tuple(grid)) for grid in outputs["image_grid_thw"].tolist()
+            ]
+        return [self.processor.replace_image_token(outputs, i) for i in range(num_images)]
 
     def _image_grid(self, width: int, height: int) -> tuple[int, ...]:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize

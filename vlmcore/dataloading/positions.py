@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,32 +44,36 @@ def mrope_position_ids(
     blocks = {image_token_id: iter([(grid, 1.0) for grid in grids_thw])}
     if video_token_id is not None:
         blocks[video_token_id] = _video_blocks(video_grids_thw, video_intervals)
-    pieces: list[Tensor] = []
-    position, start = 0, 0
-    ids = input_ids.tolist()
+    ids = input_ids.numpy()
+    (placed,) = np.where((ids[:, None] == [*blocks]).any(axis=1))
+    positions = np.empty((3, len(ids)), dtype=np.int64)
+    position, start, num_before = 0, 0, 0
     while start < len(ids):
-        if ids[start] not in blocks:
-            end = next((i for i in range(start, len(ids)) if ids[i] in blocks), len(ids))
-            pieces.append(torch.arange(position, position + end - start).expand(3, -1))
+        end = int(placed[num_before]) if num_before < len(placed) else len(ids)
+        if start < end:
+            positions[:, start:end] = np.arange(position, position + end - start)
             position, start = position + end - start, end
             continue
-        block = next(blocks[ids[start]], None)
+        token = ids[start]
+        block = next(blocks[int(token)], None)
         if block is None:
-            raise ValueError(f"{ids[start:].count(ids[start])} image placeholders have no image")
+            raise ValueError(f"{(ids[start:] == token).sum()} image placeholders have no image")
         (t, h, w), interval = block
         h, w = h // merge_size, w // merge_size
+        num_before += t * h * w
         end = start + t * h * w
-        if ids[start:end] != [ids[start]] * (t * h * w):
+        if end > len(ids) or (ids[start:end] != token).any():
             raise ValueError(
-                f"an image of {t * h * w} features has {ids[start:].count(ids[start])} "
+                f"an image of {t * h * w} features has {(ids[start:] == token).sum()} "
                 f"placeholders left"
             )
-        axes = ((torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w))
-        pieces.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1) + position)
+        times = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
+        grid = np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")
+        positions[:, start:end] = np.stack(grid).reshape(3, -1) + position
         position, start = position + max(h, w), end
     if left := sum(1 for rest in blocks.values() for _ in rest):
         raise ValueError(f"{left} images have no placeholders left")
-    return torch.cat(pieces, dim=1)
+    return torch.from_numpy(positions)
 
 
 def _video_blocks(

@@ -79,7 +79,7 @@ class ChatRenderer:
         spans = []
         for i in answers:
             before = self._apply(turns[:i], prompt=True)
-            through = self._apply(turns[: i + 1])
+            through = self._apply(turns[: i + 1]) if i + 1 < len(turns) else text
             if not (text.startswith(through) and through.startswith(before)):
                 raise DataError(
                     "the chat template is not prefix-stable: a turn renders differently once "

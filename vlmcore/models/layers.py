@@ -8,11 +8,11 @@ group, L its length, H hidden, T tokens of the row on all context parallel ranks
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from vlmcore import megatron_cpu
 from vlmcore.models.context_parallel import chunks_of, context_parallel_size, whole_row
 
 MAX_MASKED = 1024  # queries whose mask over their keys is in memory at once
+PADDED_PAIRS = 128**2  # of tokens: to attend over so many costs about as much as a call
 
 
 class RMSNorm(nn.Module):
@@ -55,9 +56,9 @@ class PackedAttention(nn.Module):
     """Causal grouped-query attention over rows that hold several samples.
 
     The row stays [S, B, heads, D] (`qkv_format="sbhd"`), so that rotary positions apply to it
-    directly; `cu_seqlens_q` says where each sample begins. Samples of similar length are padded
+    directly; `cu_seqlens_q` says where each sample begins. Samples of like length are padded
     together and run as one batched causal call: padding sits on the right, where a causal mask
-    never looks, so there is no T × T mask and at most twice the work. In half precision on a GPU
+    never looks, so there is no T × T mask and little work in vain. In half precision on a GPU
     torch's kernel for samples of any length does without padding.
 
     Context parallel ranks hold the queries of their part of the row and share keys and values.
@@ -92,22 +93,38 @@ class PackedAttention(nn.Module):
             return context.flatten(2)
         query_SND = query_SBND[:, 0]
         key_TGD, value_TGD = whole_row(key_SBGD)[:, 0], whole_row(value_SBGD)[:, 0]
-        pieces = _pieces(packed_seq_params.cu_seqlens_q.tolist(), _own_chunks(len(key_TGD)))
+        row = tuple(packed_seq_params.cu_seqlens_q.tolist()), _own_chunks(len(key_TGD))
         if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
-            return self._by_kernel(pieces, query_SND, key_TGD, value_TGD).flatten(1).unsqueeze(1)
-        out = torch.empty_like(query_SND)
-        for group in _groups_of_similar_length([p for p in pieces if p.is_whole]):
-            index_PL = _padded_indices(group, "query").to(query_SND.device)
-            keys_PL = _padded_indices(group, "key").to(query_SND.device)
-            query = query_SND[index_PL].transpose(1, 2)
-            key, value = (x[keys_PL].transpose(1, 2) for x in (key_TGD, value_TGD))
-            context = self._attend(query, key, value).transpose(1, 2)
-            # padding points at the sample's last token; writing the real token last keeps it exact
-            real = _real_positions(index_PL)
-            out = out.index_put((index_PL[real],), context[real])
-        for piece in (part for p in pieces if not p.is_whole for part in p.parts(MAX_MASKED)):
-            out = self._continue(piece, out, query_SND, key_TGD, value_TGD)
-        return out.flatten(1).unsqueeze(1)
+            context = self._by_kernel(_pieces(*row), query_SND, key_TGD, value_TGD)
+        else:
+            context = self._by_groups(_plan(*row), query_SND, key_TGD, value_TGD)
+        return context.flatten(1).unsqueeze(1)
+
+    def _by_groups(
+        self, plan: _Plan, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+    ) -> Tensor:
+        """A call for each group of samples of like length, and for each that began elsewhere."""
+        place = query_SND.device
+        keys = plan.keys.to(place)
+        grouped = zip(
+            plan.groups,
+            query_SND.index_select(0, plan.queries.to(place)).split(plan.sizes),
+            key_TGD.index_select(0, keys).split(plan.sizes),
+            value_TGD.index_select(0, keys).split(plan.sizes),
+            strict=True,
+        )
+        contexts = [
+            self._attend(*(x.unflatten(0, (len(group), -1)).transpose(1, 2) for x in tensors))
+            .transpose(1, 2)
+            .flatten(0, 1)
+            for group, *tensors in grouped
+        ]
+        contexts += [
+            self._continue(part, query_SND, key_TGD, value_TGD)
+            for piece in plan.continued
+            for part in piece.parts(MAX_MASKED)
+        ]
+        return torch.cat(contexts).index_select(0, plan.places.to(place))
 
     def _by_kernel(
         self, pieces: Sequence[_Piece], query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
@@ -135,13 +152,13 @@ class PackedAttention(nn.Module):
         return whole
 
     def _continue(
-        self, piece: _Piece, out: Tensor, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+        self, piece: _Piece, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
     ) -> Tensor:
-        """`out` with the context of queries whose sample began earlier in the row."""
+        """Context of queries whose sample began earlier in the row."""
         queries = slice(piece.query, piece.query + piece.num_queries)
         keys = slice(piece.key, piece.key + piece.num_keys)
         mask = torch.ones(
-            piece.num_queries, piece.num_keys, dtype=torch.bool, device=out.device
+            piece.num_queries, piece.num_keys, dtype=torch.bool, device=query_SND.device
         ).tril(piece.num_keys - piece.num_queries)
         context = F.scaled_dot_product_attention(
             query_SND[queries].transpose(0, 1)[None],
@@ -151,8 +168,7 @@ class PackedAttention(nn.Module):
             scale=self.scale,
             enable_gqa=query_SND.shape[1] != key_TGD.shape[1],
         )
-        index = torch.arange(queries.start, queries.stop, device=out.device)
-        return out.index_put((index,), context[0].transpose(0, 1))
+        return context[0].transpose(0, 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -214,25 +230,64 @@ def _pieces(cu_seqlens: Sequence[int], chunks: Sequence[tuple[int, int]]) -> lis
     return pieces
 
 
-def _groups_of_similar_length(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
-    """Pieces whose lengths share a power of two."""
-    groups: dict[int, list[_Piece]] = defaultdict(list)
-    for piece in pieces:
-        groups[(piece.num_queries - 1).bit_length()].append(piece)
-    return list(groups.values())
+@dataclass(frozen=True)
+class _Plan:
+    """How the samples of a row attend; indices lie on the CPU.
+
+    Attributes:
+        groups: Samples that begin here, those of like length together.
+        queries: Their tokens on this rank, each sample padded to its group's longest.
+        keys: Likewise, tokens of the row.
+        sizes: Padded tokens of each group.
+        continued: Samples that began on another rank.
+        places: Of each token on this rank, among the padded and then the continued ones.
+    """
+
+    groups: list[list[_Piece]]
+    queries: Tensor
+    keys: Tensor
+    sizes: list[int]
+    continued: list[_Piece]
+    places: Tensor
 
 
-def _padded_indices(group: Sequence[_Piece], side: Literal["query", "key"]) -> Tensor:
-    """Token indices [P, L] of whole pieces, padded by repeating the last one."""
-    starts = torch.tensor([getattr(piece, side) for piece in group])[:, None]
-    lengths = torch.tensor([piece.num_queries for piece in group])[:, None]
-    return torch.minimum(starts + torch.arange(int(lengths.max())), starts + lengths - 1)
+@lru_cache(maxsize=4)  # a row's layers ask alike
+def _plan(cu_seqlens: tuple[int, ...], chunks: tuple[tuple[int, int], ...]) -> _Plan:
+    pieces = _pieces(cu_seqlens, chunks)
+    continued = [piece for piece in pieces if not piece.is_whole]
+    groups = _groups_of_like_length([piece for piece in pieces if piece.is_whole])
+    queries, keys, order = [], [], []
+    for group in groups:
+        steps = torch.arange(group[0].num_queries)
+        lengths = torch.tensor([piece.num_queries for piece in group])[:, None]
+        first = torch.tensor([(piece.query, piece.key) for piece in group])[:, :, None]
+        padded = first + torch.minimum(steps, lengths - 1)[:, None]
+        queries.append(padded[:, 0].flatten())
+        keys.append(padded[:, 1].flatten())
+        order.append(torch.where(steps < lengths, padded[:, 0], -1).flatten())
+    order += [torch.arange(p.query, p.query + p.num_queries) for p in continued]
+    token = torch.cat(order)
+    (real,) = torch.where(token >= 0)
+    nothing = [torch.empty(0, dtype=torch.long)]
+    return _Plan(
+        groups=groups,
+        queries=torch.cat(queries or nothing),
+        keys=torch.cat(keys or nothing),
+        sizes=[len(indices) for indices in queries],
+        continued=continued,
+        places=torch.empty_like(real).index_copy_(0, token[real], real),
+    )
 
 
-def _real_positions(index_PL: Tensor) -> Tensor:
-    """Mask [P, L] of what is no padding: each index's first occurrence in its row."""
-    first = torch.ones_like(index_PL[:, :1], dtype=torch.bool)
-    return torch.cat([first, index_PL[:, 1:] > index_PL[:, :-1]], dim=1)
+def _groups_of_like_length(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Pieces, the longest of a group first, where padding costs less than a call of their own."""
+    groups: list[list[_Piece]] = []
+    for piece in sorted(pieces, key=lambda piece: -piece.num_queries):
+        if groups and groups[-1][0].num_queries ** 2 - piece.num_queries**2 <= PADDED_PAIRS:
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    return groups
 
 
 class PositionRotary(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmcore import megatron_cpu
 from vlmcore.errors import WeightError
 from vlmcore.families import Family
+from vlmcore.models.patch_projection import project_by_product
 from vlmcore.models.vision_attention import attend_by_length
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def build_vision_model(
         module._is_hf_initialized = False
     vision.initialize_weights()
     attend_by_length(vision)
+    project_by_product(vision)
     built: nn.Module = vision
     return built
 

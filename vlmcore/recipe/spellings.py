@@ -66,7 +66,11 @@ SAME: dict[str, tuple[str, ...]] = {
     "nproc": ("nproc_per_node",),
     "num_gpus": ("nproc_per_node",),
     "gpus_per_node": ("nproc_per_node",),
+    "num_nodes": ("nnodes",),
+    "num_machines": ("nnodes",),
+    "machine_rank": ("node_rank",),
     "save_steps": ("save_interval",),
+    "eval_steps": ("eval_interval",),
     "logging_steps": ("log_interval",),
     # data, serving, scoring
     "dataset": ("data",),

@@ -80,7 +80,7 @@ class TrainStage(Section):
         default=True, description="Fill each row with several samples that do not see each other."
     )
     packing_buffer_size: int = Field(
-        default=256, gt=0, description="Samples the packer looks at together."
+        default=1024, gt=0, description="Samples the packer looks at together."
     )
     dataloader_num_workers: int = Field(
         default=1,

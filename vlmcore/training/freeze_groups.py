@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from vlmcore.errors import TrainError
-from vlmcore.families import FreezeGroup, family_of, read_config
+from vlmcore.families import Family, FreezeGroup, family_of, read_config
 from vlmcore.recipe.train_stage import TrainStage
 
 if TYPE_CHECKING:
@@ -78,14 +78,19 @@ def adapter_config(stage: TrainStage, hf_dir: Path) -> LoraConfig:
     )
 
 
-def _candidates(stage: TrainStage, hf_dir: Path) -> tuple[list[str], list[str]]:
-    """HF names of linear layers, and of stacked experts, that may get an adapter."""
+def hollow_model(hf_dir: Path, family: Family) -> Any:
+    """The transformers model of a folder without memory for its weights."""
     import transformers
 
-    family = family_of(read_config(hf_dir))
     config = transformers.AutoConfig.from_pretrained(hf_dir)
     with torch.device("meta"):
-        model = getattr(transformers, family.architecture)(config)
+        return getattr(transformers, family.architecture)(config)
+
+
+def _candidates(stage: TrainStage, hf_dir: Path) -> tuple[list[str], list[str]]:
+    """HF names of linear layers, and of stacked experts, that may get an adapter."""
+    family = family_of(read_config(hf_dir))
+    model = hollow_model(hf_dir, family)
     frozen = frozen_groups(stage)
     llm_alone = stage.tuner_type == "lora_llm" or not stage.target_modules
 

@@ -25,6 +25,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # transformers' generation (5.19) imports it where it is, and with it scipy and pandas
+    sys.modules["sklearn"] = None  # type: ignore[assignment]
     try:
         _run(job)
     except VlmflowError as error:
@@ -41,6 +43,9 @@ def _run(job: TrainJob) -> None:
         with data_parallel_ranks(num_threads=stage.num_threads, seed=stage.seed):
             train(job)
         return
+    from vlmcore import megatron_cpu
+
+    megatron_cpu.install()  # before anything else imports Megatron
     from vlmcore.training.distributed import model_parallel, process_group
 
     with (

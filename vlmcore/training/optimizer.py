@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training import bucket_padding
+from vlmcore.training import bucket_padding, gradient_norm
 from vlmcore.training.freezing import freeze_group
 
 
@@ -62,19 +62,24 @@ class GroupStepAdam(torch.optim.Optimizer):
             if "exp_avg" not in self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        weights = [p.data for p in params]
+        beta1, beta2 = group["betas"]
         grads: Any = [p.grad for p in params]
-        first = [self.state[p]["exp_avg"] for p in params]
-        second = [self.state[p]["exp_avg_sq"] for p in params]
-        (beta1, beta2), step = group["betas"], group["step"]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        scale = torch._foreach_sqrt(second)
-        torch._foreach_div_(scale, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(scale, group["eps"])
-        torch._foreach_addcdiv_(weights, first, scale, -group["lr"] / (1 - beta1**step))
+        step = torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
+        torch._fused_adamw_(
+            [p.data for p in params],
+            grads,
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [step] * len(params),
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 class Schedule(OptimizerParamScheduler):
@@ -101,6 +106,7 @@ def build_optimizer(
     """
     _teach_megatron(offloads=stage.optimizer_cpu_offload)
     bucket_padding.install()
+    gradient_norm.install()
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.learning_rate,
@@ -121,10 +127,13 @@ def build_optimizer(
         overlap_param_gather=stage.overlap_param_gather,
         optimizer_cpu_offload=stage.optimizer_cpu_offload,
         optimizer_offload_fraction=stage.optimizer_offload_fraction,
-        # the hybrid optimizer's checkpoints go by the path that this opens
-        use_precision_aware_optimizer=stage.optimizer_cpu_offload,
         overlap_cpu_optimizer_d2h_h2d=True,
     )
+    if stage.optimizer_cpu_offload:
+        # The hybrid optimizer's weights and checkpoints go by these. Set here, since the config of
+        # 0.16 compares TransformerEngine's version before it asks whether it is there.
+        config.use_precision_aware_optimizer = True
+        config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     overrides: Any = get_standard_config_overrides(config)
     rates: dict[FreezeGroup, float | None] = {"vit": stage.vit_lr, "aligner": stage.aligner_lr}
     for group, rate in rates.items():
@@ -192,3 +201,5 @@ def _teach_megatron(*, offloads: bool) -> None:
         sharded.HAVE_APEX_OR_TE = sharded.USING_APEX_OPTIMIZER = True
     if offloads:
         package.Adam, package.CPUAdam = torch.optim.AdamW, HostAdamW
+        # the hybrid optimizer has both classes in its groups, and so in checkpoints
+        torch.serialization.add_safe_globals([torch.optim.AdamW, HostAdamW])

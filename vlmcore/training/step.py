@@ -54,12 +54,14 @@ class TrainStep:
         counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
         if self.router_losses is not None:
             self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with megatron_cpu.suspended():
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
         scale = float(self.optimizer.get_loss_scale())  # of this step; the update may change it
         parts = self._forward_backward(batch, forward_only=False)
-        updated, grad_norm, _ = self.optimizer.step()
+        with megatron_cpu.suspended():
+            updated, grad_norm, _ = self.optimizer.step()
         outcome = {
             "loss": _over_all_ranks(parts) / max(counts["loss_tokens"], 1),
             "grad_norm": math.inf if grad_norm is None else float(grad_norm),

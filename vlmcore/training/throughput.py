@@ -47,7 +47,7 @@ class Throughput:
             "tflops_per_rank": tflops / dist.get_world_size(),
             "peak_memory_mb": peak_memory_mb(),
         }
-        if (peak := peak_tflops()) is not None and self.stage.torch_dtype == "bfloat16":
+        if (peak := peak_tflops()) is not None and self.stage.torch_dtype != "float32":
             figures["mfu"] = figures["tflops_per_rank"] / peak
         return figures
 

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from vlmcore.training.freeze_groups import (
     GROUPS,
     adapter_config,
     frozen_groups,
+    hollow_model,
     require_trainable,
 )
 from vlmcore.training.job import ADAPTER, TrainJob
@@ -28,6 +29,9 @@ from vlmcore.weights.adapter_plan import plan_adapters
 from vlmcore.weights.adapters import FreshAdapter, write_peft
 from vlmcore.weights.architecture import check_against_architecture
 from vlmcore.weights.sidecar import copy_sidecar
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 MODEL = "model."  # before a transformers name in PackedModel
 _MAX_SHARD_SIZE = "4GB"
@@ -40,17 +44,13 @@ def build(stage: TrainStage, hf_dir: Path, *, idle_inputs: Mapping[str, Tensor])
         TrainError: Nothing is trainable, or the tuner cannot run here or on this model.
         WeightError: The folder and its architecture do not fit.
     """
-    if stage.tuner_type == "qlora":
-        require_bitsandbytes(stage)
-    check_against_architecture(hf_dir)
     family = family_of(read_config(hf_dir))
+    adapters = _refuse_before_loading(stage, hf_dir, family)
     model = load(stage, hf_dir, family, quantized=stage.tuner_type == "qlora")
-    if stage.tuner_type == "full":
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(_trains(name, family, stage))
+    if adapters is None:
+        apply_freezes(model, family, stage)
     else:
-        _adapt(model, stage, hf_dir, family)
-    require_trainable(trainable_table(model, family), stage)
+        _adapt(model, adapters, stage, hf_dir, family)
     seeing = family.vision is not None
     packed = PackedModel(
         model,
@@ -139,10 +139,10 @@ def write_folder(job: TrainJob, trained: Mapping[str, Tensor]) -> None:
         trained: Whole tensors of all that trained, by name in the transformers model.
     """
     family = family_of(read_config(job.hf_dir))
-    model = load(job.stage, job.hf_dir, family)
-    tuned = None
-    if job.stage.tuner_type != "full":
-        tuned = _with_adapters(model, job.stage, job.hf_dir)
+    stage, tuned = job.stage, None
+    model = load(stage, job.hf_dir, family)
+    if stage.tuner_type != "full":
+        tuned = _with_adapters(model, _adapters(stage, job.hf_dir))
     result = model.load_state_dict(trained, strict=False)
     assert not result.unexpected_keys, result.unexpected_keys
     if tuned is not None:
@@ -153,17 +153,46 @@ def write_folder(job: TrainJob, trained: Mapping[str, Tensor]) -> None:
     copy_sidecar(job.hf_dir, job.output_dir)
 
 
-def _trains(name: str, family: Family, stage: TrainStage) -> bool:
-    pattern = stage.trainable_parameters_regex
-    picked = bool(pattern) and re.search(pattern, name) is not None
-    return picked or not frozen_groups(stage)[family.group_of(name)]
+def apply_freezes(model: nn.Module, family: Family, stage: TrainStage) -> None:
+    """Sets `requires_grad` by group and `trainable_parameters_regex`."""
+    frozen, pattern = frozen_groups(stage), stage.trainable_parameters_regex
+    for name, weight in model.named_parameters():
+        picked = bool(pattern) and re.search(pattern, name) is not None
+        weight.requires_grad_(picked or not frozen[family.group_of(name)])
 
 
-def _adapt(model: Any, stage: TrainStage, hf_dir: Path, family: Family) -> None:
+def _refuse_before_loading(stage: TrainStage, hf_dir: Path, family: Family) -> LoraConfig | None:
+    """Refuses what cannot train; gives the adapters that the stage asks for, if any."""
+    check_against_architecture(hf_dir)
+    if stage.tuner_type == "full":
+        hollow = hollow_model(hf_dir, family)
+        apply_freezes(hollow, family, stage)
+        require_trainable(trainable_table(hollow, family), stage)
+        return None
+    if stage.tuner_type == "qlora":
+        require_bitsandbytes(stage)
+    return _adapters(stage, hf_dir)
+
+
+def _adapters(stage: TrainStage, hf_dir: Path) -> LoraConfig:
+    config = adapter_config(stage, hf_dir)
+    config.use_dora = stage.tuner_type == "dora"
+    if config.use_dora and config.target_parameters:
+        raise TrainError(
+            f"train.{stage.name}: tuner_type dora: peft has no DoRA for stacked experts "
+            f"({', '.join(config.target_parameters)}); name linear layers in target_modules, "
+            f"such as q_proj, or use lora"
+        )
+    return config
+
+
+def _adapt(
+    model: Any, adapters: LoraConfig, stage: TrainStage, hf_dir: Path, family: Family
+) -> None:
     """Puts untrained adapters onto a loaded model; beside them only what `lora_llm` trains."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    tuned = _with_adapters(model, stage, hf_dir)
+    tuned = _with_adapters(model, adapters)
     plan = plan_adapters(hf_dir, adapter_config(stage, hf_dir))
     with tempfile.TemporaryDirectory() as folder:
         write_peft(FreshAdapter(plan, seed=stage.seed), Path(folder) / ADAPTER)
@@ -178,21 +207,12 @@ def _adapt(model: Any, stage: TrainStage, hf_dir: Path, family: Family) -> None:
         weight.requires_grad_("lora_" in name or beside)
 
 
-def _with_adapters(model: Any, stage: TrainStage, hf_dir: Path) -> Any:
+def _with_adapters(model: Any, adapters: LoraConfig) -> Any:
     """peft's model around it, whose adapters stand inside the very modules."""
     from peft import get_peft_model
 
-    config = adapter_config(stage, hf_dir)
-    if stage.tuner_type == "dora":
-        if config.target_parameters:
-            raise TrainError(
-                f"train.{stage.name}: tuner_type dora: peft has no DoRA for stacked experts "
-                f"({', '.join(config.target_parameters)}); name linear layers in target_modules, "
-                f"such as q_proj, or use lora"
-            )
-        config.use_dora = True
     model.name_or_path = ""  # peft would record where the base lies on this machine
-    return get_peft_model(model, config)
+    return get_peft_model(model, adapters)
 
 
 def _keep_reached(packed: PackedModel, idle_inputs: Mapping[str, Tensor], *, always: bool) -> None:
