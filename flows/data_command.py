@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.terminal import progress_bar
 from vlmcore.errors import DataError
 
 if TYPE_CHECKING:
@@ -100,6 +99,7 @@ def convert(
     """
     from data_prep.convert import convert as run_convert
     from data_prep.shards import REPORT_NAME
+    from flows.terminal import progress_bar
 
     dataset = _dataset(
         source=src if _is_remote(src) else f"path:{src}",

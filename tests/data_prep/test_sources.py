@@ -150,6 +150,15 @@ def test_what_a_source_cannot_heed_is_refused(source):
         fingerprint(source, wanted=Wanted(revision="v1", include=("*",)))
 
 
+def test_a_word_behind_a_hubs_source_is_its_subset():
+    dataset = Dataset(source="modelscope:AI-ModelScope/LaTeX_OCR:human_handwrite#5000")
+    assert dataset.source == "modelscope:AI-ModelScope/LaTeX_OCR"
+    assert (dataset.subset, dataset.limit) == ("human_handwrite", 5000)
+    assert Dataset(source="https://host:8080/a.zip").subset is None
+    with pytest.raises(ValueError, match="subset: b, but the source says :a; leave one of them"):
+        Dataset(source="hf:me/numbers:a", subset="b")
+
+
 def test_a_number_behind_the_source_is_its_limit():
     dataset = Dataset(source="hf:me/numbers#5000")
     assert (dataset.source, dataset.limit) == ("hf:me/numbers", 5000)

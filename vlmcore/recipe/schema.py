@@ -28,7 +28,11 @@ from vlmcore.recipe.section import (
 from vlmcore.recipe.stage_faults import Fault
 from vlmcore.recipe.train_stage import TrainStage
 
-_LIMITED_SOURCE = re.compile(r"(?P<source>.*)#(?P<limit>\d+)\s*")  # as in ms-swift
+# What may stand behind a source, as in ms-swift: hf:USER/NAME:SUBSET#5000
+_BEHIND_SOURCE = {
+    "limit": re.compile(r"(?P<source>.*)#(?P<value>\d+)\s*"),
+    "subset": re.compile(r"(?P<source>(?:hf|modelscope):[^:]+):(?P<value>[^:/\s]+)\s*"),
+}
 
 
 class Model(Section):
@@ -56,7 +60,8 @@ class Dataset(Section):
 
     source: Source = Field(
         description="`hf:USER/NAME`, `modelscope:USER/NAME`, `http(s)://…`, `s3://…`, another URL "
-        "that fsspec reads, `path:DIR_OR_FILE` or `builtin:NAME`; `#5000` behind it is its limit."
+        "that fsspec reads, `path:DIR_OR_FILE` or `builtin:NAME`; `#5000` behind it is its limit, "
+        "`:SUBSET` behind a hub's its subset."
     )
     revision: str | None = Field(
         default=None,
@@ -155,16 +160,18 @@ class Dataset(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _limit_behind_source(cls, value: Any) -> Any:
-        source = value.get("source") if isinstance(value, dict) else None
-        found = _LIMITED_SOURCE.fullmatch(source) if isinstance(source, str) else None
-        if found is None:
+    def _fields_behind_source(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("source"), str):
             return value
-        limit = int(found["limit"])
-        if value.get("limit", limit) != limit:
-            text = f"{value['limit']}, but the source says #{limit}; leave one of them out"
-            raise CrossFieldError([(("limit",), text)])
-        return {**value, "source": found["source"], "limit": limit}
+        for field, pattern in _BEHIND_SOURCE.items():
+            if found := pattern.fullmatch(value["source"]):
+                told = int(found["value"]) if field == "limit" else found["value"]
+                if value.get(field, told) != told:
+                    behind = value["source"].removeprefix(found["source"]).strip()
+                    text = f"{value[field]}, but the source says {behind}; leave one of them out"
+                    raise CrossFieldError([((field,), text)])
+                value = {**value, "source": found["source"], field: told}
+        return value
 
     @model_validator(mode="before")
     @classmethod
