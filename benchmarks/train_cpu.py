@@ -133,7 +133,7 @@ def train(folder: Path, data: str, **fields: object) -> Figures:
         job = TrainJob(
             stage=stage,
             model_dir=folder / "model",
-            datasets=(folder / data / "energon",),
+            datasets={folder / data / "energon": 1.0},
             output_dir=output,
             scratch_dir=scratch,
         )
