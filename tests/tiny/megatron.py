@@ -41,4 +41,7 @@ def prepared(stage: TrainStage, hf_dir: Path, **options: Any) -> Iterator[Traini
         finally:
             config = training.modules[0].config
             config.grad_scale_func = config.no_sync_func = None
+            for part in (part for module in training.modules for part in module.modules()):
+                if hasattr(part, "token_dispatcher"):  # keeps the last step's graph
+                    vars(part.token_dispatcher).clear()
             vars(training).clear()
