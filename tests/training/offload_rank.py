@@ -50,6 +50,7 @@ def main(hf_dir: Path, out: Path) -> None:
     dealt: list[tuple[int, int]] = []
 
     def on_gpu(self: HybridDeviceOptimizer, fraction: float) -> Any:
+        self.pin_cpu_grads = False  # no memory can be pinned without a GPU
         with OnGpu():
             groups = deal_out(self, fraction)
         dealt.append(
