@@ -19,10 +19,7 @@ NUM_SAMPLES = {"digits": 512, "mixed": 384}
 SHORTEST, LONGEST = 60, 1500  # tokens of a mixed sample
 MAX_SIDE = 16  # digits
 MAX_PAGES = 4
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+VOCAB_SIZE = 512
 PHRASES = ("What number is written in the image?", "The image shows ", "Copy the page row by row.")
 SYSTEM_TOKENS, PAGE_TURN_TOKENS, TEXT_TURN_TOKENS = 17, 30, 22  # of a mixed sample's template
 PROCESSOR = {
@@ -113,7 +110,9 @@ def write_model(folder: Path) -> None:
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer = build_tokenizer()
+    from vlmcore.surgery.builtin import build_tokenizer
+
+    tokenizer = build_tokenizer(list(PHRASES) * 9, vocab_size=VOCAB_SIZE)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
     end, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
@@ -151,30 +150,3 @@ def write_model(folder: Path) -> None:
         classes = {"": "Qwen2VLImageProcessor", "video_": "Qwen2VLVideoProcessor"}
         text = json.dumps(PROCESSOR | {kind: classes[prefix]}, indent=1)
         (folder / f"{prefix}preprocessor_config.json").write_text(text)
-
-
-def build_tokenizer() -> Any:
-    """Byte-level, with the phrases above, a token for each digit, and Qwen's template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from vlmcore.surgery.builtin import CHAT_TEMPLATE
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=504, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(list(PHRASES) * 9, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        additional_special_tokens=list(SPECIAL_TOKENS),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
-    )

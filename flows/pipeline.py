@@ -64,7 +64,8 @@ def plan(request: Request) -> tuple[Run, Results]:
                 f"{', '.join(names)}"
             )
     if request.start_from or request.until:
-        return _dry(request, start_from=request.start_from, until=last_stage(request))
+        until = _last_of(names, request.until)
+        return _dry(request, start_from=request.start_from, until=until)
     return whole, results
 
 
@@ -73,8 +74,11 @@ def last_stage(request: Request) -> str | None:
     if request.until is None:
         return None
     whole, _ = _dry(request)
-    named = [o.name for o in whole.outcomes if matches(o.name, request.until)]
-    return named[-1] if named else None
+    return _last_of([outcome.name for outcome in whole.outcomes], request.until)
+
+
+def _last_of(names: Sequence[str], pattern: str | None) -> str | None:
+    return next((name for name in reversed(names) if pattern and matches(name, pattern)), None)
 
 
 def _dry(request: Request, **limits: Any) -> tuple[Run, Results]:

@@ -13,6 +13,7 @@ from vlmcore.artifacts import ArtifactRef, BuildContext
 from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
+from vlmcore.weights.sidecar import config_dir
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,7 @@ def train(
     """
     name = f"train.{stage.name}"
     if isinstance(model, ArtifactRef):  # known to a plan too, unless the model is yet to be made
-        sidecar = model.path / "hf"
-        hf_dir = sidecar if sidecar.is_dir() else model.path
-        require_layout(hf_dir, stage.layout, training=True)
+        require_layout(config_dir(model.path), stage.layout, training=True)
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch

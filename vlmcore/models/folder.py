@@ -15,12 +15,8 @@ from megatron.core.transformer.module import MegatronModule
 
 from vlmcore.models.build import load_weights, save_weights
 from vlmcore.models.direct import load_hf_weights, save_hf_weights
-from vlmcore.weights.convert import CHECKPOINT, SIDECAR, copy_sidecar
-
-
-def config_dir(model_dir: Path) -> Path:
-    """Where config, tokenizer and processor stand."""
-    return model_dir / SIDECAR if _is_megatron(model_dir) else model_dir
+from vlmcore.weights.convert import CHECKPOINT
+from vlmcore.weights.sidecar import SIDECAR, config_dir, copy_sidecar
 
 
 def load_folder(chunks: Sequence[MegatronModule], model_dir: Path) -> None:

@@ -137,6 +137,31 @@ def see(
     return found
 
 
+def marked(input_ids: Tensor, seen: Features) -> Tensor:
+    """Where the features belong, in the shape of `input_ids`.
+
+    Raises:
+        ValueError: The placeholders do not match the features.
+    """
+    where = input_ids == seen.token_id
+    count = int(where.sum())
+    if count != len(seen.embedded):
+        raise ValueError(
+            f"{count} placeholders (token {seen.token_id}), but {len(seen.embedded)} image "
+            f"features; the processor that expanded them does not belong to this model"
+        )
+    return where
+
+
+def reach(found: Sequence[Features]) -> Tensor:
+    """A zero whose gradient reaches every weight that the features depend on.
+
+    One row of each does, and its mean cannot overflow, which times 0 would be no number.
+    """
+    rows = [level[0] for seen in found for level in (seen.embedded, *seen.deepstack)]
+    return 0 * torch.stack([row.float().mean() for row in rows]).sum()
+
+
 def unreached_weights(
     vision_model: nn.Module, inputs: Mapping[str, Any], tokens: Placeholders, *, dtype: torch.dtype
 ) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vlmcore.models.arriving import await_weights
 from vlmcore.models.context_parallel import own_part
 from vlmcore.models.decoder import Decoder
-from vlmcore.models.vision import Features, Placeholders, see
+from vlmcore.models.vision import Placeholders, marked, reach, see
 
 
 class VisionLanguageModel(MegatronModule):
@@ -123,15 +123,12 @@ class VisionLanguageModel(MegatronModule):
         await_weights(self.vision_model)
         is_idle = not vision_inputs and torch.is_grad_enabled()
         looked_at = self.idle_inputs if is_idle else vision_inputs
-        for seen in see(
-            self.vision_model, looked_at, self.placeholders, dtype=self.config.params_dtype
-        ):
-            if is_idle:
-                features = (seen.embedded, *seen.deepstack)
-                # one row of each reaches every weight, and its sum cannot overflow to 0 · inf
-                embedded_SBH = embedded_SBH + 0 * sum(f[0].float().mean() for f in features)
-                continue
-            is_seen_BS = _marked(input_ids, seen)
+        dtype = self.config.params_dtype
+        found = see(self.vision_model, looked_at, self.placeholders, dtype=dtype)
+        if is_idle and found:
+            embedded_SBH, found = embedded_SBH + reach(found).to(embedded_SBH.dtype), []
+        for seen in found:
+            is_seen_BS = marked(input_ids, seen)
             embedded_SBH = _place(embedded_SBH, is_seen_BS, seen.embedded)
             for depth, features_FH in enumerate(seen.deepstack):
                 level_SBH = deepstack.get(depth, torch.zeros_like(embedded_SBH))
@@ -141,18 +138,6 @@ class VisionLanguageModel(MegatronModule):
         if self.config.sequence_parallel:
             levels = [scatter_to_sequence_parallel_region(level) for level in levels]
         return levels[0], levels[1:]
-
-
-def _marked(input_ids: Tensor, seen: Features) -> Tensor:
-    """Where the features belong, [B, S]."""
-    is_seen_BS = input_ids == seen.token_id
-    count = int(is_seen_BS.sum())
-    if count != len(seen.embedded):
-        raise ValueError(
-            f"{count} placeholders (token {seen.token_id}), but {len(seen.embedded)} image "
-            f"features; the processor that expanded them does not belong to this model"
-        )
-    return is_seen_BS
 
 
 def _place(base_SBH: Tensor, is_seen_BS: Tensor, features_FH: Tensor) -> Tensor:

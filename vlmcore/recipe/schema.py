@@ -28,6 +28,7 @@ from vlmcore.recipe.section import (
 from vlmcore.recipe.stage_faults import Fault
 from vlmcore.recipe.train_stage import TrainStage
 
+_STAGES_OF_DATA = ("raw", "shards", "energon", "audit")  # a benchmark's questions are one too
 # What may stand behind a source, as in ms-swift: hf:USER/NAME:SUBSET#5000
 _BEHIND_SOURCE = {
     "limit": re.compile(r"(?P<source>.*)#(?P<value>\d+)\s*"),
@@ -360,6 +361,9 @@ class Recipe(Section):
             if entry.benchmark in names[:index]:
                 text = f"a second benchmark named {entry.benchmark}; rename it"
                 faults.append((("evaluate", index), text))
+            if entry.benchmark in _STAGES_OF_DATA:
+                text = f"`data.….{entry.benchmark}` is another stage of a dataset; rename it"
+                faults.append((("evaluate", index, "benchmark"), text))
             if entry.data is None:
                 text = f"empty; name a dataset under `data:` ({_listed(self.data)})"
                 faults.append((("evaluate", index, "data"), text))

@@ -7,7 +7,7 @@ and a chat template that renders text alike in both.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
     "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+
+TEXTS = ["user\n", "assistant\n", "Read the number."] * 2
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -43,7 +45,8 @@ VOCAB_SIZE = 320
 PATCH_SIZE, MERGE_SIZE = 16, 2
 
 
-def _tokenizer() -> Any:
+def build_tokenizer(texts: Sequence[str], *, vocab_size: int) -> Any:
+    """A byte-level tokenizer trained on a few texts, each digit one token, with Qwen's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,11 +59,11 @@ def _tokenizer() -> Any:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    core.train_from_iterator(["user\n", "assistant\n", "Read the number."] * 2, trainer)
+    core.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         additional_special_tokens=list(SPECIAL_TOKENS),
@@ -84,7 +87,7 @@ def build_tiny_qwen3(target: Path, *, seed: int) -> None:
     """A random Qwen3 of 1.4 M parameters: 192 wide, 4 layers, 6 heads over 2 kv heads."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = _tokenizer()
+    tokenizer = build_tokenizer(TEXTS, vocab_size=VOCAB_SIZE)
     config = Qwen3Config(
         **_text_shape(
             hidden_size=192,
@@ -107,7 +110,7 @@ def build_tiny_qwen3_vl(target: Path, *, seed: int) -> None:
     """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-    tokenizer = _tokenizer()
+    tokenizer = build_tokenizer(TEXTS, vocab_size=VOCAB_SIZE)
     config = Qwen3VLConfig(
         text_config={
             **_text_shape(

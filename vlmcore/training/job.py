@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from vlmcore.recipe.train_stage import TrainStage
+from vlmcore.weights.sidecar import config_dir
 
 METRICS = "metrics.jsonl"
 TRAINABLE = "trainable.json"
@@ -37,5 +38,4 @@ class TrainJob(BaseModel):
     @property
     def hf_dir(self) -> Path:
         """Where config, tokenizer and processor stand."""
-        sidecar = self.model_dir / "hf"
-        return sidecar if sidecar.is_dir() else self.model_dir
+        return config_dir(self.model_dir)

@@ -29,7 +29,7 @@ from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
 from vlmcore.models.build import build_model
 from vlmcore.models.fit import require_layout
-from vlmcore.models.folder import config_dir, load_folder, save_folder
+from vlmcore.models.folder import load_folder, save_folder
 from vlmcore.models.vision import unreached_weights
 from vlmcore.models.vision_language import VisionLanguageModel
 from vlmcore.recipe.train_stage import TrainStage
@@ -43,6 +43,7 @@ from vlmcore.training.router_losses import RouterLosses
 from vlmcore.training.step import TrainStep
 from vlmcore.training.tuning import adapt, plan_lora, save_and_merge
 from vlmcore.weights.adapter_plan import AdapterPlan
+from vlmcore.weights.sidecar import config_dir
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training import bucket_padding, gradient_norm
+from vlmcore.training.freeze_groups import group_rates
 from vlmcore.training.freezing import freeze_group
+from vlmcore.training.schedule import warmup_steps
 
 
 class GroupStepAdam(torch.optim.Optimizer):
@@ -135,8 +137,7 @@ def build_optimizer(
         config.use_precision_aware_optimizer = True
         config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
     overrides: Any = get_standard_config_overrides(config)
-    rates: dict[FreezeGroup, float | None] = {"vit": stage.vit_lr, "aligner": stage.aligner_lr}
-    for group, rate in rates.items():
+    for group, rate in group_rates(stage).items():
         if rate is not None:
             ratio = rate / stage.learning_rate
             # a checkpoint tells groups of parameters apart by lr_mult
@@ -160,15 +161,12 @@ def _key_of(group: FreezeGroup, family: Family) -> ParamKey:
 
 def build_schedule(optimizer: MegatronOptimizer, stage: TrainStage) -> Schedule:
     """Warm-up, then the stage's decay down to `min_lr` at the last step."""
-    warmup = stage.lr_warmup_iters
-    if warmup is None:
-        warmup = round(stage.lr_warmup_fraction * stage.train_iters)
     return Schedule(
         optimizer,
         init_lr=0.0,
         max_lr=stage.learning_rate,
         min_lr=stage.min_lr,
-        lr_warmup_steps=min(warmup, stage.train_iters - 1),
+        lr_warmup_steps=warmup_steps(stage),
         lr_decay_steps=stage.train_iters,
         lr_decay_style=stage.lr_decay_style,
         start_wd=stage.weight_decay,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmcore.dataloading.samples import PackedRow
-from vlmcore.models.vision import Features, Placeholders, see
+from vlmcore.models.vision import Placeholders, marked, reach, see
 from vlmcore.models.vision_attention import NAME, attend_by_length, register
 
 CHUNK_TOKENS = 1024
@@ -156,16 +156,12 @@ class PackedModel(nn.Module):
         looked_at = vision_inputs or self.idle_inputs
         found = see(self.vision, looked_at, self.placeholders, dtype=self.dtype)
         if not vision_inputs:
-            for seen in found:
-                # one row of each reaches every weight, and its sum cannot overflow to 0 · inf
-                for features_FH in (seen.embedded, *seen.deepstack):
-                    reach = 0 * features_FH[0].float().mean()
-                    embedded_TH = embedded_TH + reach.to(embedded_TH.dtype)
-            return embedded_TH, {}
+            zero = reach(found).to(embedded_TH.dtype) if found else 0
+            return embedded_TH + zero, {}
         is_seen_T = torch.zeros_like(input_ids, dtype=torch.bool)
         levels: dict[int, Tensor] = {}
         for seen in found:
-            where_T = _marked(input_ids, seen)
+            where_T = marked(input_ids, seen)
             is_seen_T |= where_T
             embedded_TH = _place(embedded_TH, where_T, seen.embedded)
             for depth, features_FH in enumerate(seen.deepstack):
@@ -203,18 +199,6 @@ def row_inputs(row: PackedRow, place: torch.device) -> dict[str, Tensor]:
         "loss_scale": row.loss_scale, "cu_seqlens": row.cu_seqlens, **row.vision,
     }  # fmt: skip
     return {name: tensor.to(place, non_blocking=True) for name, tensor in tensors.items()}
-
-
-def _marked(input_ids: Tensor, seen: Features) -> Tensor:
-    """Where the features belong, [T]."""
-    where_T = input_ids == seen.token_id
-    count = int(where_T.sum())
-    if count != len(seen.embedded):
-        raise ValueError(
-            f"{count} placeholders (token {seen.token_id}), but {len(seen.embedded)} image "
-            f"features; the processor that expanded them does not belong to this model"
-        )
-    return where_T
 
 
 def _place(base_TH: Tensor, where_T: Tensor, features_FH: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from vlmcore.families import Family, family_of, read_config  # noqa: E402
 from vlmcore.layout import Layout  # noqa: E402
 from vlmcore.models.build import build_model  # noqa: E402
 from vlmcore.models.fit import require_layout  # noqa: E402
-from vlmcore.models.folder import config_dir, load_folder  # noqa: E402
+from vlmcore.models.folder import load_folder  # noqa: E402
 from vlmcore.training.distributed import model_parallel, process_group  # noqa: E402
 from vlmcore.training.precision_samples import Sample, precision_samples  # noqa: E402
 from vlmcore.training.precision_states import (  # noqa: E402
@@ -43,6 +43,7 @@ from vlmcore.training.precision_states import (  # noqa: E402
     transformers_states,
 )
 from vlmcore.training.progress import report_error  # noqa: E402
+from vlmcore.weights.sidecar import config_dir  # noqa: E402
 
 
 @dataclass(frozen=True)

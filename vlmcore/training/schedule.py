@@ -18,14 +18,15 @@ def learning_rate(stage: TrainStage, done: int, *, peak: float) -> float:
         done: Optimizer steps so far.
         peak: Of the parameter group; its `min_lr` is in proportion.
     """
-    warmup = _warmup_steps(stage)
+    warmup = warmup_steps(stage)
     if done < warmup:
         return peak * (done + 1) / (warmup + 1)
     floor = stage.min_lr * peak / stage.learning_rate
     return floor + (peak - floor) * _share(stage, done, warmup)
 
 
-def _warmup_steps(stage: TrainStage) -> int:
+def warmup_steps(stage: TrainStage) -> int:
+    """Steps of the warm-up; at least one step of the stage comes after it."""
     warmup = stage.lr_warmup_iters
     if warmup is None:
         warmup = round(stage.lr_warmup_fraction * stage.train_iters)

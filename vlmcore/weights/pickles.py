@@ -1,7 +1,7 @@
 """Pickles of objects whose classes are not imported, put together from opcodes of protocol 2.
 
-What torch.distributed.checkpoint keeps beside its data are pickles of its own classes. Importing
-torch to write them takes longer than converting a gigabyte.
+What torch.distributed.checkpoint keeps beside its data are pickles of its own classes; a converter
+writes them without importing torch.
 """
 
 from __future__ import annotations

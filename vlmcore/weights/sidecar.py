@@ -15,6 +15,12 @@ SIDE_FILES = (
 )  # fmt: skip
 
 
+def config_dir(model_dir: Path) -> Path:
+    """Where config, tokenizer and processor of a Megatron or HF model folder stand."""
+    sidecar = model_dir / SIDECAR
+    return sidecar if sidecar.is_dir() else model_dir
+
+
 def copy_sidecar(source: Path, target: Path) -> None:
     """Copies what stands beside the weights."""
     target.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def move_units(
 
 def _in_turns(tasks: Sequence[Task]) -> list[Task]:
     """The large ones first, so that all workers end together, and one after the other in different
-    files: two that write into one file wait for each other (a third of the time on ext4)."""
+    files: two that write into one file wait for each other."""
     by_file: dict[Path, list[Task]] = defaultdict(list)
     for task in sorted(tasks, key=lambda task: -task.size_bytes):
         by_file[task.file].append(task)
