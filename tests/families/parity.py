@@ -15,7 +15,6 @@ from vlmcore.training.distributed import process_group
 from vlmcore.training.precision import precision_test
 
 
-
 def tolerance_of(case: str) -> float:
     """Of logits in fp32.
 

@@ -155,7 +155,7 @@ def text_config(section: list[int], dim: int) -> dict:
     ("section", "interleaved"),
     [([24, 20, 20], True), ([4, 2, 2], True), ([16, 24, 24], False), ([6, 5, 5], False)],
 )
-def test_rotary_angles_equal_transformers(section: list[int], interleaved: bool) -> None:
+def test_rotary_waves_equal_transformers(section: list[int], interleaved: bool) -> None:
     dim, rows, num_tokens = 2 * sum(section), 2, 33
     positions = torch.randint(
         0, 500, (3, rows, num_tokens), generator=torch.Generator().manual_seed(dim)
@@ -166,7 +166,7 @@ def test_rotary_angles_equal_transformers(section: list[int], interleaved: bool)
         section=section,
         interleaved=interleaved,
     )
-    angles = ours(positions)[:, :, 0].transpose(0, 1)  # [B, S, D]
+    found = ours(positions)[:, :, 0].transpose(0, 1).chunk(2, dim=-1)  # [B, S, D] each
     x = torch.zeros(rows, num_tokens, dim)
     if interleaved:
         cos, sin = rotary_of_qwen3_vl(section, dim)(x, positions)
@@ -174,8 +174,8 @@ def test_rotary_angles_equal_transformers(section: list[int], interleaved: bool)
         cos, sin = (
             chunked(wave, section) for wave in rotary_of_qwen2_5_vl(section, dim)(x, positions)
         )
-    torch.testing.assert_close(angles.cos(), cos, rtol=0, atol=1e-6)
-    torch.testing.assert_close(angles.sin(), sin, rtol=0, atol=1e-6)
+    for wave, expected in zip(found, (cos, sin), strict=True):
+        torch.testing.assert_close(wave, expected, rtol=0, atol=1e-6)
 
 
 def chunked(waves_3BSD: Tensor, section: list[int]) -> Tensor:
@@ -189,10 +189,10 @@ def chunked(waves_3BSD: Tensor, section: list[int]) -> Tensor:
 def test_text_positions_are_plain_rotary() -> None:
     rope = {"rope_type": "default", "rope_theta": 100.0}
     ours = PositionRotary(kv_channels=8, rope=rope, section=(4, 0, 0), interleaved=False)
-    angles = ours(torch.arange(5).expand(3, 1, -1))[:, 0, 0]
-    frequencies = 100.0 ** (-torch.arange(4) / 4)
-    torch.testing.assert_close(angles[:, :4], torch.arange(5)[:, None] * frequencies)
-    assert torch.equal(angles[:, :4], angles[:, 4:])
+    cos, sin = ours(torch.arange(5).expand(3, 1, -1))[:, 0, 0].chunk(2, dim=-1)
+    angles = torch.arange(5)[:, None] * 100.0 ** (-torch.arange(4) / 4)
+    torch.testing.assert_close(cos, angles.cos().repeat(1, 2))
+    torch.testing.assert_close(sin, angles.sin().repeat(1, 2))
 
 
 def test_llama3_frequencies_equal_transformers() -> None:

@@ -86,6 +86,7 @@ def transformer_config(
         use_cpu_initialization=True,
         perform_initialization=False,  # every weight is loaded
         moe_token_dispatcher_type="alltoall",
+        apply_rope_fusion=True,  # by vlmcore.models.layers
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,

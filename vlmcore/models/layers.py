@@ -17,19 +17,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from vlmcore import megatron_cpu
 from vlmcore.models.context_parallel import chunks_of, context_parallel_size, whole_row
+from vlmcore.models.norm import rms_norm
+from vlmcore.models.rotary import turn
 
 MAX_MASKED = 1024  # queries whose mask over their keys is in memory at once
 PADDED_PAIRS = 128**2  # of tokens: to attend over so many costs about as much as a call
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in fp32, as transformers computes it.
+    """Root-mean-square norm with Megatron's signature.
 
     Under sequence parallelism its gradient is summed over the tensor parallel group, which
     Megatron-Core does for parameters marked `sequence_parallel`.
@@ -47,9 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PackedAttention(nn.Module):
@@ -290,8 +291,18 @@ def _groups_of_like_length(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
     return groups
 
 
+def _turn_by_waves(x: Tensor, waves: Tensor, **_: Any) -> Tensor:
+    """What Megatron calls for each query and key [S, B, heads, D] with what PositionRotary gave."""
+    return turn(x, *waves.to(x.dtype).chunk(2, dim=-1))
+
+
+rope_utils.fused_apply_rotary_pos_emb = (
+    _turn_by_waves  # called by a config with `apply_rope_fusion`
+)
+
+
 class PositionRotary(nn.Module):
-    """Rotary angles from explicit (temporal, height, width) positions; stands in for Megatron's.
+    """Waves of explicit (temporal, height, width) positions; stands in for Megatron's.
 
     Text-only models pass one position three times. `interleaved` spreads the three over the
     frequencies in turn (Qwen3-VL); otherwise each owns a contiguous section (Qwen2.5-VL). `rope` is
@@ -317,14 +328,18 @@ class PositionRotary(nn.Module):
         self.owner = _frequency_owner(section, interleaved=interleaved)
 
     def forward(self, position_ids: Tensor, mrope_section: Any = None, **_: Any) -> Tensor:
-        """Angles [S, B, 1, D] for position ids [3, B, S]; the section is fixed at construction."""
+        """Cosines, then sines of position ids [3, B, S], [S, B, 1, 2 D].
+
+        The section is fixed at construction.
+        """
         inv_freq = self.inv_freq.to(position_ids.device)
         angles = position_ids[..., None].float() * inv_freq  # [3, B, S, D / 2]
         owner = self.owner.to(position_ids.device)
         mixed = angles.movedim(0, -1).gather(
             -1, owner.expand(*angles.shape[1:])[..., None]
         )[..., 0]  # fmt: skip
-        return torch.cat([mixed, mixed], dim=-1).transpose(0, 1)[:, :, None, :].contiguous()
+        angles = torch.cat([mixed, mixed], dim=-1).transpose(0, 1)[:, :, None, :]
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _inverse_frequencies(rope: Mapping[str, Any], kv_channels: int) -> Tensor:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from vlmcore import megatron_cpu
 from vlmcore.errors import TrainError
 from vlmcore.layout import Layout
+from vlmcore.matrix_products import fast_products
 
 
 @contextmanager
@@ -27,7 +28,8 @@ def process_group(*, num_threads: int) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield
+        with fast_products():
+            yield
     finally:
         dist.destroy_process_group()
 

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from vlmcore.matrix_products import fast_products
+
 
 @contextmanager
 def data_parallel_ranks(*, num_threads: int, seed: int) -> Iterator[None]:
@@ -23,6 +25,7 @@ def data_parallel_ranks(*, num_threads: int, seed: int) -> Iterator[None]:
     np.random.seed(seed)
     torch.manual_seed(seed)
     try:
-        yield
+        with fast_products():
+            yield
     finally:
         dist.destroy_process_group()

@@ -1,0 +1,43 @@
+import importlib
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vlmcore.models.rotary import turn, turn_by_hand
+
+
+def waves(num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    angles = torch.randn(num_tokens, width // 2).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "exaone4_5"])
+def test_a_towers_queries_and_keys_turn_as_in_transformers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    theirs = module.apply_rotary_pos_emb_vision
+    monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", theirs)  # put back afterwards
+    part = type("Part", (nn.Module,), {"__module__": module.__name__})()
+    turn_by_hand(part)
+    assert module.apply_rotary_pos_emb_vision is not theirs
+    torch.manual_seed(0)
+    inputs = [torch.randn(7, 3, 8, requires_grad=True) for _ in "qk"]
+    probe = torch.randn(7, 3, 8)
+    cos_sin = waves(7, 8)
+    results = []
+    for function in (module.apply_rotary_pos_emb_vision, theirs):
+        query, key = function(*inputs, *cos_sin)
+        grads = torch.autograd.grad(((query + 2 * key) * probe).sum(), inputs)
+        results.append((query, key, *grads))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_turning_keeps_dtype_and_length() -> None:
+    x = torch.randn(5, 1, 2, 8, dtype=torch.float64)
+    cos, sin = (wave[:, None, None].double() for wave in waves(5, 8))
+    assert turn(x, cos, sin).dtype == torch.float64
+    torch.testing.assert_close(turn(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(turn(turn(x, cos, sin), cos, -sin), x)
