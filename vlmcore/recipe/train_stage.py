@@ -298,6 +298,11 @@ class TrainStage(Section):
     async_save: bool = Operational(
         default=False, description="Write those checkpoints beside the training that goes on."
     )
+    cache_encoded_samples: bool = Operational(
+        default=False,
+        description="Keep decoded images and videos, and tokens, on disk, so that later epochs and "
+        "stages read them; about seven times the size of the pictures.",
+    )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
 
