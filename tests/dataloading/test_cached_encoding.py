@@ -201,7 +201,15 @@ def test_what_decides_the_encoding_decides_the_key(
     template = hf_dir / "chat_template.jinja"
     template.write_text(template.read_text() + "{# changed #}")
     assert new_entries() == 1
-    monkeypatch.setattr(cached_encoding_module, "VERSION", 0)
+    moved = tmp_path / "moved"
+    hf_dir = hf_dir.rename(moved)
+    assert new_entries() == 0
+    dataloading, families = cached_encoding_module._CODE
+    shutil.copytree(dataloading, tmp_path / "changed")
+    monkeypatch.setattr(cached_encoding_module, "_CODE", (tmp_path / "changed", families))
+    assert new_entries() == 0
+    with (tmp_path / "changed" / "media.py").open("a") as source:
+        source.write("# changed\n")
     assert new_entries() == 2
 
 

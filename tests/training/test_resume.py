@@ -46,7 +46,10 @@ def run(
     to_mcore(tiny_model("qwen3_vl"), model_dir)
 
     def run_job(
-        folder: Path, on_step: Callable[[int], None] = lambda _: None, **fields: Any
+        folder: Path,
+        on_step: Callable[[int], None] = lambda _: None,
+        cache_dir: Path | None = None,
+        **fields: Any,
     ) -> Path:
         (folder / "scratch").mkdir(parents=True, exist_ok=True)
         job = TrainJob(
@@ -55,6 +58,7 @@ def run(
             datasets={tiny_dataset: 1.0},
             output_dir=folder / "output",
             scratch_dir=folder / "scratch",
+            cache_dir=cache_dir,
         )
         (folder / "job.json").write_text(job.model_dump_json())
         launch(
@@ -101,9 +105,11 @@ def kill_once_written(files: Path, pattern: str, pids: list[int]) -> None:
 
 
 def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
+    """The killed one also keeps encoded samples, which changes nothing."""
     whole = run(tmp_path / "whole")
     killed = tmp_path / "killed"
     scratch = killed / "scratch"
+    encoded = tmp_path / "encoded"
     seen: list[int] = []
 
     def on_step(found: int, at: int, action: Callable[[], None]) -> None:
@@ -122,9 +128,9 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
         threading.Thread(target=kill_once_written, args=where).start()
 
     with pytest.raises(ProcessError, match=r"\nrank 1 was killed by SIGKILL; if nobody sent it"):
-        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank))
+        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank), encoded)
     # from here on checkpoints are written by processes of their own, while training goes on
-    beside = {"async_save": True}
+    beside = {"async_save": True, "cache_dir": encoded}
     with pytest.raises(ProcessError, match=r"\nrank [01] was killed by SIGKILL"):
         run(killed, lambda step: on_step(step, 2 * SAVE_INTERVAL - 1, kill_while_writing), **beside)
     checkpoints = {path.name for path in scratch.glob("iter_*")}
@@ -134,6 +140,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     starts = [after for before, after in zip([99, *seen], seen, strict=False) if after < before]
     assert starts == [0, SAVE_INTERVAL, SAVE_INTERVAL]
     assert {path.name for path in scratch.glob("iter_*")} == {"iter_0000008"}
+    assert len(list(encoded.glob("??/*"))) > 60
     expected, found = metrics(whole), metrics(killed)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     # not only within 1e-5: ranks of one thread each add up in one order, so two runs from nothing

@@ -1,13 +1,14 @@
 """What samples were made into before: their tokens, and the tensors of their images and videos.
 
-A key is the digest of everything that decides the result. Text and tensors have keys of their own:
+A key is the digest of everything that decides the result, down to this code: a change that forgets
+to raise a number would train on what was made before it. Text and tensors have keys of their own:
 tensors do not depend on the text, so stages of another task, template or tokenizer share them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from vlmcore import dataloading, families
 from vlmcore.dataloading.encode import EncodedText
 from vlmcore.dataloading.encoded_cache import EncodedCache
 from vlmcore.dataloading.levels import from_levels, to_levels
@@ -25,7 +27,7 @@ from vlmcore.dataloading.samples import ConversationSample
 from vlmcore.dataloading.video import VideoInfo
 from vlmcore.weights.sidecar import SIDE_FILES
 
-VERSION = 1  # raised when this package makes other tokens or tensors of the same sample
+_CODE = tuple(Path(module.__file__ or "").parent for module in (dataloading, families))
 _LIBRARIES = (
     "numpy", "opencv-python-headless", "pillow", "tokenizers", "torch", "torchvision",
     "transformers",
@@ -51,13 +53,13 @@ class CachedEncoding:
         text_settings: Mapping[str, Any],
     ) -> None:
         self._cache = cache
-        made_by = [VERSION, *(f"{name} {metadata.version(name)}" for name in _LIBRARIES)]
-        settings = {} if media is None else media.settings
-        files = [
-            (path.name, xxhash.xxh3_128_hexdigest(path.read_bytes()))
-            for path in sorted({path for one in SIDE_FILES for path in hf_dir.glob(one)})
+        made_by = [
+            {name: metadata.version(name) for name in _LIBRARIES},
+            *(_digests(folder.glob("*.py")) for folder in _CODE),
         ]
-        self._text_by = _json(["text", made_by, files, settings, dict(text_settings)])
+        settings = {} if media is None else media.settings
+        model = _digests(path for pattern in SIDE_FILES for path in hf_dir.glob(pattern))
+        self._text_by = _json(["text", made_by, model, settings, dict(text_settings)])
         self._tensors_by = _json(["tensors", made_by, settings])
         self._processors: dict[str, Any] = {}
         if media is not None:
@@ -122,6 +124,10 @@ class CachedEncoding:
         if name in self._processors and tensor.dtype == torch.uint8:
             return from_levels(tensor, self._processors[name])
         return tensor
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    return {path.name: xxhash.xxh3_128_hexdigest(path.read_bytes()) for path in paths}
 
 
 def _medium(values: dict[str, Any]) -> Medium:

@@ -300,8 +300,8 @@ class TrainStage(Section):
     )
     cache_encoded_samples: bool = Operational(
         default=False,
-        description="Keep decoded images and videos, and tokens, on disk, so that later epochs and "
-        "stages read them; about seven times the size of the pictures.",
+        description="Keep tokens, decoded images and videos on disk, so that later epochs and "
+        "stages read them; takes about ten times the room of the data.",
     )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
