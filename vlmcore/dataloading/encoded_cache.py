@@ -2,8 +2,8 @@
 
 An entry is one file, written beside its place and then renamed. It begins with the digest of what
 follows, so nothing needs to be synced or locked: what a kill, a power cut or a bad disk leaves is
-no entry, and is made anew. SQLite would read and write small entries faster, but those of pictures
-at a third of the speed, one writer at a time, and its WAL mode does not work on network filesystems
+no entry, and is made anew. SQLite reads and writes small entries faster, but those of pictures at
+half the speed and less, and its WAL mode does not work on network filesystems
 (https://sqlite.org/wal.html).
 """
 
