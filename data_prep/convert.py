@@ -35,12 +35,7 @@ def convert(
     Raises:
         DataError: there are no rows, none is usable, or too many are not.
     """
-    how = Deal(
-        split=dataset.split_ratios,
-        split_by=dataset.split_by,
-        duplicates=dataset.duplicates,
-        seed=dataset.split_seed,
-    )
+    how = deal_of(dataset)
     limits = {
         "num_workers": dataset.num_workers,
         "max_samples_per_shard": dataset.max_samples_per_shard,
@@ -70,6 +65,16 @@ def convert(
         report = deal(whole, dest, how, **limits)
     shutil.rmtree(work_dir, ignore_errors=True)
     return report
+
+
+def deal_of(dataset: Dataset) -> Deal:
+    """How the samples of a recipe's dataset are dealt."""
+    return Deal(
+        split=dataset.split_ratios,
+        split_by=dataset.split_by,
+        duplicates=dataset.duplicates,
+        seed=dataset.split_seed,
+    )
 
 
 def row_reader(raw_dir: Path, dataset: Dataset) -> RowReader:

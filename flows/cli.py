@@ -62,6 +62,7 @@ FromOption = Annotated[
     str, typer.Option("--from", metavar="STAGE", help="Build nothing before this stage.")
 ]
 UntilOption = Annotated[str, typer.Option(metavar="STAGE", help="End after this stage.")]
+ArtifactArg = Annotated[str, typer.Argument(help="A stage, or the start of a digest or key.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 console = Console(stderr=True)
@@ -271,7 +272,7 @@ def artifacts_list(store: StoreOption = None, json_: JsonOption = False) -> None
 
 @artifacts_app.command("show")
 def artifacts_show(
-    name: Annotated[str, typer.Argument(help="A stage, or the start of a digest or key.")],
+    name: ArtifactArg,
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:
@@ -313,7 +314,7 @@ def artifacts_verify(store: StoreOption = None, json_: JsonOption = False) -> No
 
 @artifacts_app.command("lineage")
 def artifacts_lineage(
-    name: Annotated[str, typer.Argument(help="A stage, or the start of a digest or key.")],
+    name: ArtifactArg,
     store: StoreOption = None,
     json_: JsonOption = False,
 ) -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from vlmcore.errors import DataError
-
-if TYPE_CHECKING:
-    from data_prep.progress import Progress
 
 data_app = typer.Typer(
     help="""Turn what you have into shards that train, and look at what is in them.
@@ -52,7 +47,6 @@ Columns = Annotated[
     ),
 ]
 
-DEALT = ".dealt"
 WORKERS = min(8, os.cpu_count() or 1)
 
 
@@ -97,8 +91,7 @@ def convert(
     What cannot be trained on is left out and counted by its cause. Killed and started again, it
     goes on behind the last whole shard.
     """
-    from data_prep.convert import convert as run_convert
-    from data_prep.shards import REPORT_NAME
+    from data_prep.in_place import convert_in_place, find_or_fetch, require_room
     from flows.terminal import progress_bar
 
     dataset = _dataset(
@@ -114,21 +107,14 @@ def convert(
         max_bad_ratio=max_bad_ratio,
         num_workers=workers,
     )
-    if (dst / REPORT_NAME).exists():
-        raise DataError(f"{dst} holds finished shards already. Remove it or take another folder.")
-    others = [path.name for path in dst.iterdir() if path.name[:1] != "."] if dst.exists() else []
-    if any(not _is_shard(name) for name in others):
-        raise DataError(f"{dst} is not empty ({', '.join(sorted(others)[:3])}). Take a new folder.")
+    require_room(dst)
     console = Console(stderr=True)
     with progress_bar(console, f"fetching {dataset.source}") as on_progress:
-        root, tables = _tables(dataset, dst, on_progress)
-    work_dir = dst / f".work-{_fingerprint(dataset, tables)}"
+        raw_dir, tables = find_or_fetch(dst, dataset, on_progress=on_progress)
     with progress_bar(console, "checking and writing") as on_progress:
-        report = run_convert(
-            root, dst, dataset, work_dir=work_dir, tables=tables, on_progress=on_progress
+        report = convert_in_place(
+            dst, dataset, raw_dir=raw_dir, tables=tables, on_progress=on_progress
         )
-    for stale in [*dst.glob(".raw-*"), *dst.glob(".work-*")]:
-        shutil.rmtree(stale)
     num_shards = sum(map(len, report.shards.values()))
     if json_:
         _print_json(
@@ -174,25 +160,18 @@ def prepare(
 
     With --split they are dealt anew first: samples that share an image stay together.
     """
-    from data_prep.energon import prepare as run_prepare
-    from data_prep.shards import read_report
+    from data_prep.in_place import prepare_in_place
     from data_prep.splits import parse_split
 
-    ratios = parse_split(split) if split is not None else None
     dataset = _dataset(
         source=f"path:{dst}",
-        split_ratios=ratios,
+        split_ratios=parse_split(split) if split is not None else None,
         split_by=split_by,
         group_column="group" if split_by == "group" else None,
         split_seed=seed,
         sample_type=sample_type,
     )
-    _take_dealt(dst)
-    read_report(dst)
-    if ratios is not None:
-        _deal_in_place(dst, dataset)
-    run_prepare(dst, dst, sample_type=dataset.sample_type)
-    report = read_report(dst)
+    report = prepare_in_place(dst, dataset)
     if json_:
         _print_json({"samples": report.samples, "shards": report.shards, "path": str(dst)})
         return
@@ -248,51 +227,6 @@ def _is_remote(src: str) -> bool:
     return ":" in src and not Path(src).exists()
 
 
-def _tables(dataset: Any, dst: Path, on_progress: Progress) -> tuple[Path, dict[str, list[Path]]]:
-    """The folder that media are looked for in, and the tables by split.
-
-    Folders and tables of this machine are read where they are; everything else is fetched first.
-    """
-    from data_prep.tables import KINDS, find_tables
-
-    scheme, _, location = dataset.source.partition(":")
-    src = Path(location).expanduser()
-    if scheme == "path" and not src.exists():
-        raise DataError(f"{src}: nothing is there. Check the path.")
-    if scheme == "path" and src.is_file() and src.name.endswith(KINDS):
-        return src.parent, {"train": [src]}
-    is_here = scheme == "path" and any(one.name.endswith(KINDS) for one in src.rglob("*"))
-    root = src if is_here else _fetched(dataset, dst, on_progress)
-    return root, find_tables(root, subset=dataset.subset, split=dataset.split)
-
-
-def _fetched(dataset: Any, dst: Path, on_progress: Progress) -> Path:
-    """The raw dataset inside DST, until its shards are whole; a killed download is gone on with."""
-    from data_prep.sources import Wanted, fetch, fingerprint
-
-    wanted = Wanted(dataset.revision, dataset.subset, dataset.split)
-    pinned = fingerprint(dataset.source, wanted=wanted)
-    key = hashlib.sha256(repr((dataset.source, wanted, pinned)).encode()).hexdigest()[:12]
-    raw, unfinished = dst / f".raw-{key}", dst / f".raw-{key}.unfinished"
-    if raw.exists():
-        return raw
-    shutil.rmtree(unfinished / "rows", ignore_errors=True)
-    (unfinished / "scratch").mkdir(parents=True, exist_ok=True)
-    fetch(
-        dataset.source,
-        unfinished / "rows",
-        options={},
-        seed=0,
-        wanted=wanted,
-        pinned=pinned,
-        scratch=unfinished / "scratch",
-        on_progress=on_progress,
-    )
-    (unfinished / "rows").rename(raw)
-    shutil.rmtree(unfinished)
-    return raw
-
-
 def _dataset(**values: Any) -> Any:
     """The section of a recipe that these options stand for."""
     from pydantic import ValidationError
@@ -315,53 +249,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not theirs or not ours:
         raise DataError(f"--column {text!r} is not THEIRS=OURS, such as formula=response.")
     return theirs, ours
-
-
-def _fingerprint(dataset: Any, tables: dict[str, list[Path]]) -> str:
-    """Changes when what would be written does, so that no other conversion's parts are taken up."""
-    files = [
-        (split, str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for split, many in tables.items()
-        for file in many
-    ]
-    text = json.dumps([dataset.content_params(), files])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _is_shard(name: str) -> bool:
-    """Whether a killed conversion may have put it there."""
-    from data_prep import SPLITS
-
-    return name.endswith(".tar") and name.partition("-")[0] in SPLITS
-
-
-def _deal_in_place(dst: Path, dataset: Any) -> None:
-    """Put the shards dealt anew in the place of the old ones."""
-    from data_prep.splits import Deal, deal
-
-    fresh = dst / DEALT
-    shutil.rmtree(fresh, ignore_errors=True)
-    deal(dst, fresh, Deal(dataset.split_ratios, dataset.split_by, seed=dataset.split_seed))
-    _take_dealt(dst)
-
-
-def _take_dealt(dst: Path) -> None:
-    """Move what was dealt to its place; a killed call's move is carried on by the next one's."""
-    from data_prep.shards import REPORT_NAME, read_report
-
-    fresh = dst / DEALT
-    if not (fresh / REPORT_NAME).exists():
-        return
-    (dst / REPORT_NAME).unlink(missing_ok=True)  # until the end these are no finished shards
-    names = {name for names in read_report(fresh).shards.values() for name in names}
-    for name in names:
-        if (fresh / name).exists():
-            (fresh / name).replace(dst / name)
-    for path in dst.iterdir():
-        if _is_shard(path.name) and path.name not in names:
-            path.unlink()
-    (fresh / REPORT_NAME).replace(dst / REPORT_NAME)
-    fresh.rmdir()
 
 
 def _token_counter(folder: Path) -> Any:

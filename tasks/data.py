@@ -33,7 +33,7 @@ def raw_dataset(run: Run, name: str, dataset: Dataset, *, seed: int) -> Ref:
     from data_prep.sources import Wanted, fetch
 
     stage = f"data.{name}.raw"
-    wanted = Wanted(dataset.revision, dataset.subset, dataset.split, dataset.include)
+    wanted = Wanted.of(dataset)
     part = {key: value for key, value in asdict(wanted).items() if value}
     params = {
         "source": dataset.source, "options": dict(dataset.options), "seed": seed, **part,

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.training.step_figures")  # a failed assert tells its figures
+
 TinyModel = Callable[..., Path]
 
 
@@ -29,19 +31,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An energon dataset of 60 pictures of handwritten numbers, for reading only."""
-    from data_prep.energon import prepare
-    from data_prep.shards import write_shards
-    from data_prep.sources import fetch
+    from tests.tiny.datasets import numbers_dataset
 
-    folder = tmp_path_factory.mktemp("tiny_dataset")
-    options = {"train": 60, "val": 0, "test": 4}
-    fetch("builtin:handwritten_numbers", folder / "raw", options=options, seed=0)
-    write_shards(
-        folder / "raw",
-        folder / "shards",
-        max_bad_ratio=0.0,
-        num_workers=1,
-        max_samples_per_shard=20,
-    )
-    prepare(folder / "shards", folder / "energon")
-    return folder / "energon"
+    return numbers_dataset(tmp_path_factory.mktemp("tiny_dataset"), train=60)

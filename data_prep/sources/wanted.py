@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Self
 
 from data_prep.progress import Progress, watched
 from data_prep.tables import README, choose_tables, superfluous_tables
 from vlmcore.errors import DataError
+from vlmcore.recipe.schema import Dataset
 
 NUM_CONNECTIONS = 8
 PLAN_TIMEOUT_S = 10.0  # what a plan waits for a host that does not answer
@@ -26,6 +28,11 @@ class Wanted:
     subset: str | None = None
     split: str | None = None
     include: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> Self:
+        """What a recipe's dataset wants of its source."""
+        return cls(dataset.revision, dataset.subset, dataset.split, dataset.include)
 
     def refuse(self, *fields: str, source: str) -> None:
         """Raise a DataError if a field is set that a source cannot heed."""

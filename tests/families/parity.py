@@ -14,9 +14,16 @@ from vlmcore.layout import Layout
 from vlmcore.training.distributed import process_group
 from vlmcore.training.precision import precision_test
 
-# Of logits in fp32. Our towers attend to all images of a length at once and project patches by one
-# product, so their sums run in another order than transformers': 1.2e-5 for exaone4_5.
-TOLERANCE = 2e-5
+
+
+def tolerance_of(case: str) -> float:
+    """Of logits in fp32.
+
+    exaone4_5 hands its patches' rounding on the least damped: transformers' convolution is 4.6e-6
+    from float64 there, our product 1.1e-6 (tests/models/test_patch_projection.py), and the logits
+    that follow are up to 1.2e-5 apart.
+    """
+    return 2e-5 if case.startswith("exaone4_5") else 1e-5
 
 
 def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
@@ -24,7 +31,10 @@ def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
     for name, case in cases.items():
         layouts = [Layout(**sizes) for sizes in case["layouts"]]
         rows = precision_test(
-            Path(case["hf"]), Path(case["mcore"]), layouts=layouts, tolerance=TOLERANCE
+            Path(case["hf"]),
+            Path(case["mcore"]),
+            layouts=layouts,
+            tolerance=tolerance_of(name),
         )
         results[name] = [row.row() for row in rows]
     if dist.get_rank() == 0:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families.parity import TOLERANCE
+from tests.families.parity import tolerance_of
 from vlmcore.families import FAMILIES
 from vlmcore.layout import Layout, ranks_for
 from vlmcore.training.launch import launch
@@ -125,11 +125,12 @@ def samples_of(name: str) -> set[str]:
 def test_megatron_computes_what_transformers_computes(
     results: dict[str, list[dict[str, Any]]], name: str, tied: bool
 ) -> None:
-    rows = results[f"{name}-{'tied' if tied else 'untied'}"]
+    case = f"{name}-{'tied' if tied else 'untied'}"
+    rows = results[case]
     layouts = TIED if tied else EXPERTS if name in MOE else DENSE
     assert {row["layout"] for row in rows} == {str(item) for item in layouts}
     assert {row["sample"] for row in rows} == samples_of(name)
-    assert max(row["max_diff"] for row in rows) <= TOLERANCE, rows
+    assert max(row["max_diff"] for row in rows) <= tolerance_of(case), rows
     assert all(row["passed"] and row["diverges_at"] is None for row in rows)
     for row in rows:
         assert 0 < row["loss_tokens"]["num_tokens"] < row["num_tokens"]
@@ -141,7 +142,7 @@ def test_megatron_computes_what_transformers_computes(
 def test_so_it_does_for_what_a_family_can_be(
     results: dict[str, list[dict[str, Any]]], case: str
 ) -> None:
-    assert max(row["max_diff"] for row in results[case]) <= TOLERANCE, results[case]
+    assert max(row["max_diff"] for row in results[case]) <= tolerance_of(case), results[case]
 
 
 @pytest.mark.parametrize("key", WRONG)

@@ -22,6 +22,19 @@ def test_a_product_gives_what_the_convolution_gives() -> None:
     torch.testing.assert_close(weight.grad, gradient)
 
 
+def test_a_product_is_nearer_to_the_exact_projection_than_the_convolution() -> None:
+    torch.manual_seed(0)
+    kernel = (2, 14, 14)
+    tower = nn.Sequential(nn.Conv3d(3, 32, kernel, stride=kernel))
+    patches = torch.randn(512, 3, *kernel)
+    with torch.no_grad():
+        convolved = tower(patches)
+        project_by_product(tower)
+        multiplied = tower(patches)
+        exact = tower.double()(patches.double())
+    assert (multiplied - exact).abs().max() < (convolved - exact).abs().max()
+
+
 def test_what_slides_over_its_input_stays_a_convolution() -> None:
     tower = nn.Sequential(nn.Conv3d(3, 5, KERNEL, stride=1), nn.Conv3d(5, 2, 2, stride=2))
     images = torch.randn(2, 3, 6, 9, 9)

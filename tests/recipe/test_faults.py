@@ -224,6 +224,13 @@ ACROSS: dict[str, Case] = {
         "evaluate.holdout",
         "a second benchmark named holdout; rename it",
     ),
+    **{
+        f"a benchmark named {name}": (
+            {29: f"  - benchmark: {name}", 33: f"  - {name}.exact_match >= 0.9"},
+            [(29, f"evaluate.{name}.benchmark", (f"`data.….{name}` is another stage", "rename"))],
+        )
+        for name in ("raw", "shards", "energon", "audit")
+    },
     "a stage named swap": (
         {13: "  - name: swap", 31: ""},
         [(13, "train.swap.name", ("names the checkpoint before training", "another name"))],

@@ -234,12 +234,12 @@ def main(cases: list[dict[str, Any]], out: Path) -> None:
         if leads:
             folder = out.parent / f"reference {case['name']}"
             expected = reference(hf_dir, rows, stage(**(HYPER | case["fields"])), folder)
-        before_kill = case["fields"] | case["killed_at"]
         scratch = out.parent / f"scratch {case['name']}"
         scratch.mkdir(exist_ok=True)
         dist.barrier()
-        if case["killed_at"]:
-            checkpoint_of_one_step(hf_dir, rows, stage(**(HYPER | before_kill)), scratch)
+        if case["killed_at"] is not None:
+            before_kill = stage(**(HYPER | case["fields"] | case["killed_at"]))
+            checkpoint_of_one_step(hf_dir, rows, before_kill, scratch)
         for layout, fields in case["layouts"].items():
             name = f"{case['name']} {layout}"
             folder = out.parent / name.replace(" ", "_")

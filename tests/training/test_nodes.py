@@ -1,18 +1,16 @@
 """Two agents on loopback as two machines; and where a machine learns which one it is."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.tiny.jobs import MODULE, metrics, run_job, write_job
 from tests.tiny.megatron import stage
 from vlmcore import compat, proc
 from vlmcore.errors import TrainError
-from vlmcore.training.job import METRICS, TrainJob
 from vlmcore.training.launch import launch
 from vlmcore.training.nodes import ONE_NODE, Nodes, nodes_of
 
@@ -49,43 +47,27 @@ def test_batches_are_dealt_over_the_ranks_of_all_nodes() -> None:
     assert (wanted.num_ranks, wanted.data_parallel_size, wanted.num_micro_batches) == (4, 2, 4)
 
 
-def job_of(folder: Path, model_dir: Path, dataset: Path, **fields: Any) -> Path:
-    (folder / "scratch").mkdir(parents=True)
-    job = TrainJob(
-        stage=stage(
-            train_iters=3, max_length=64, packing_buffer_size=24, learning_rate=1e-3, **fields
-        ),
-        model_dir=model_dir,
-        datasets={dataset: 1.0},
-        output_dir=folder / "output",
-        scratch_dir=folder / "scratch",
-    )
-    (folder / "job.json").write_text(job.model_dump_json())
-    return folder / "job.json"
-
-
 def losses(folder: Path) -> list[float]:
-    lines = (folder / "output" / METRICS).read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [row["loss"] for row in metrics(folder)]
 
 
 @pytest.mark.slow
 def test_two_nodes_train_as_one_with_as_many_ranks(
     tiny_model: Callable[..., Path], tiny_dataset: Path, tmp_path: Path
 ) -> None:
-    model_dir, module = tiny_model("qwen3_vl"), "vlmcore.training.main"
     one, two = tmp_path / "one", tmp_path / "two"
-    job = job_of(one, model_dir, tiny_dataset)
-    launch(module, ["--job", str(job)], nproc_per_node=2, log_path=one / "log")
+    fields = {"model_dir": tiny_model("qwen3_vl"), "dataset": tiny_dataset, "train_iters": 3}
+    run_job(one, **fields)
 
     port = proc.free_port()
-    job = job_of(two, model_dir, tiny_dataset, **TWO, master_addr="127.0.0.1", master_port=port)
-    command = [sys.executable, "-m", "vlmcore.training.nodes", str(job)]
+    write_job(two, **fields, **TWO, master_addr="127.0.0.1", master_port=port)
+    job = str(two / "job.json")
+    command = [sys.executable, "-m", "vlmcore.training.nodes", job]
     env = compat.child_env() | {"NODE_RANK": "1"}
     with subprocess.Popen(command, env=env) as second:
         launch(
-            module,
-            ["--job", str(job)],
+            MODULE,
+            ["--job", job],
             nproc_per_node=1,
             log_path=two / "log",
             nodes=Nodes(2, 0, "127.0.0.1", port),

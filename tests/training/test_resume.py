@@ -1,40 +1,27 @@
 """Whole jobs under torchrun, killed and not, on a small energon dataset."""
 
-import contextlib
 import json
-import os
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny.megatron import stage
+from tests.tiny.jobs import Run, kill, metrics, processes, run_job
 from vlmcore.errors import ProcessError, TrainError
-from vlmcore.training.job import METRICS, TRAINABLE, TrainJob
-from vlmcore.training.launch import launch
+from vlmcore.training.job import TRAINABLE
 from vlmcore.weights.convert import to_hf, to_mcore
 
 STEPS = 12
 SAVE_INTERVAL = 4
-FIELDS = {
-    "train_iters": STEPS,
-    "save_interval": SAVE_INTERVAL,
-    "log_interval": 1,
-    "learning_rate": 1e-3,
-    "lr_decay_style": "cosine",
-    "max_length": 64,
-    "packing_buffer_size": 24,
-}
+FIELDS = {"train_iters": STEPS, "save_interval": SAVE_INTERVAL, "lr_decay_style": "cosine"}
 
 pytestmark = pytest.mark.slow
-Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +32,7 @@ def run(
     model_dir = tmp_path_factory.mktemp("model")
     to_mcore(tiny_model("qwen3_vl"), model_dir)
 
-    def run_job(
-        folder: Path,
-        on_step: Callable[[int], None] = lambda _: None,
-        cache_dir: Path | None = None,
-        **fields: Any,
-    ) -> Path:
-        (folder / "scratch").mkdir(parents=True, exist_ok=True)
-        job = TrainJob(
-            stage=stage(**(FIELDS | fields)),
-            model_dir=model_dir,
-            datasets={tiny_dataset: 1.0},
-            output_dir=folder / "output",
-            scratch_dir=folder / "scratch",
-            cache_dir=cache_dir,
-        )
-        (folder / "job.json").write_text(job.model_dump_json())
-        launch(
-            "vlmcore.training.main",
-            ["--job", str(folder / "job.json")],
-            nproc_per_node=2,
-            log_path=folder / "log",
-            on_progress=lambda values: on_step(values["step"]),
-        )
-        return folder
-
-    return run_job
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "output" / METRICS).read_text().splitlines()]
+    return partial(run_job, model_dir=model_dir, dataset=tiny_dataset, **FIELDS)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,26 +40,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "hf" / "model.safetensors")
 
 
-def processes(job_file: Path, environment: bytes) -> list[int]:
-    """The job's processes that carry this environment variable."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(job_file).encode() in command and environment in variables:
-            found.append(int(process.name))
-    return sorted(found)
-
-
 def kill_once_written(files: Path, pattern: str, pids: list[int]) -> None:
     while not list(files.glob(pattern)):
         time.sleep(0.0005)
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # a helper that has ended since
-            os.kill(pid, signal.SIGKILL)
+    kill(pids)
 
 
 def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
@@ -109,7 +51,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     whole = run(tmp_path / "whole")
     killed = tmp_path / "killed"
     scratch = killed / "scratch"
-    encoded = tmp_path / "encoded"
+    encoded = {"cache_dir": tmp_path / "encoded"}
     seen: list[int] = []
 
     def on_step(found: int, at: int, action: Callable[[], None]) -> None:
@@ -118,19 +60,18 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
             action()
 
     def kill_a_rank() -> None:
-        for pid in processes(killed / "job.json", b"RANK=1"):  # its loader's workers too
-            os.kill(pid, signal.SIGKILL)
+        kill(processes(killed, "RANK=1"))  # its loader's workers too
 
     def kill_while_writing() -> None:
-        pids = processes(killed / "job.json", b"WORLD_SIZE=2")
+        pids = processes(killed, "WORLD_SIZE=2")
         assert len(pids) >= 2
         where = scratch, f"iter_{2 * SAVE_INTERVAL:07d}.partial/*.distcp", pids
         threading.Thread(target=kill_once_written, args=where).start()
 
     with pytest.raises(ProcessError, match=r"\nrank 1 was killed by SIGKILL; if nobody sent it"):
-        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank), encoded)
+        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank), **encoded)
     # from here on checkpoints are written by processes of their own, while training goes on
-    beside = {"async_save": True, "cache_dir": encoded}
+    beside = {"async_save": True, **encoded}
     with pytest.raises(ProcessError, match=r"\nrank [01] was killed by SIGKILL"):
         run(killed, lambda step: on_step(step, 2 * SAVE_INTERVAL - 1, kill_while_writing), **beside)
     checkpoints = {path.name for path in scratch.glob("iter_*")}
@@ -140,7 +81,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     starts = [after for before, after in zip([99, *seen], seen, strict=False) if after < before]
     assert starts == [0, SAVE_INTERVAL, SAVE_INTERVAL]
     assert {path.name for path in scratch.glob("iter_*")} == {"iter_0000008"}
-    assert len(list(encoded.glob("??/*"))) > 60
+    assert len(list((tmp_path / "encoded").glob("??/*"))) > 60
     expected, found = metrics(whole), metrics(killed)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     # not only within 1e-5: ranks of one thread each add up in one order, so two runs from nothing

@@ -1,11 +1,21 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmcore.training.launch import launch
+from tests.training.step_figures import (
+    EVERYWHERE,
+    LORA,
+    LORA_LLM,
+    TWO,
+    Cases,
+    figures_of,
+    names_of,
+    require_adapted_layers_and_the_aligner_moved,
+    require_only_the_aligner_moved,
+    require_step,
+)
 
 TP = {"tensor_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}  # more ranks than kv heads
@@ -23,18 +33,12 @@ BLOCK = FULL | {"recompute_method": "block", "recompute_num_layers": 1}
 MOE_AGAIN = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
 
-TWO = {"train_iters": 2}
 # buckets of a few weights, so that many are under way while others are computed
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
 GROUPED = {"moe_grouped_gemm": True, "moe_permute_fusion": True}
 THREE = {"train_iters": 3}  # gradients are sent during backward from the second step on
-LORA = {"tuner_type": "lora", "train_iters": 2, "lora_rank": 4, "lora_alpha": 6}
-EVERYWHERE = LORA | {"target_modules": ["all-linear"], "use_rslora": True}
-LORA_LLM = LORA | {"tuner_type": "lora_llm", "freeze_vit": True}
 
-# name: model, what all its layouts share, layouts; `killed_at`: a checkpoint after the first of two
-# steps was written at that layout
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+CASES: Cases = {
     "dense": ("qwen3", {}, {
         "dp": {}, "tp4": TP4, "vpp": VPP, "pp4": PP4, "cp4": {"context_parallel_size": 4},
         "pp_cp": PP | CP,
@@ -78,7 +82,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "resumed_experts": ("qwen3_moe", TWO | {"killed_at": EP}, {"ep4": EP4, "pp": PP, "sp": SP}),
     "resumed_lora": ("qwen3_moe", LORA | {"killed_at": PP | EP}, {"sp_ep": SP | EP}),
 }  # fmt: skip
-NAMES = [f"{case} {layout}" for case, (_, _, layouts) in CASES.items() for layout in layouts]
+NAMES = names_of(CASES)
 
 pytestmark = pytest.mark.slow
 
@@ -87,52 +91,23 @@ pytestmark = pytest.mark.slow
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Figures of every case, from one torchrun."""
     folder = tmp_path_factory.mktemp("steps")
-    cases = [
-        {
-            "name": name,
-            "hf": str(tiny_model(model, num_hidden_layers=4, tied=model == "qwen3")),
-            "killed_at": fields.get("killed_at", {}),
-            "fields": {key: value for key, value in fields.items() if key != "killed_at"},
-            "layouts": layouts,
-        }
-        for name, (model, fields, layouts) in CASES.items()
-    ]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    launch(
-        "tests.training.step_cases",
-        [str(folder / "cases.json"), str(folder / "out.json")],
-        nproc_per_node=4,
-        log_path=folder / "log",
-    )
-    return json.loads((folder / "out.json").read_text())
+    return figures_of(CASES, "tests.training.step_cases", tiny_model, folder, ranks=4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_transformers_and_adamw(results: Any, name: str) -> None:
     """Packed rows against samples alone, uneven over ranks, with clipping at work."""
-    figures = results[name]
-    assert figures["clipped"]
-    assert figures["loss"] <= 1e-5
-    assert figures["evaluated"] <= 1e-6  # the loss before the update, without one
-    assert figures["grad_norm"] <= 1e-5
-    assert figures["worst"][1] <= 1e-5, figures["worst"]
+    require_step(results[name])
 
 
 @pytest.mark.parametrize("layout", CASES["aligner"][2])
 def test_frozen_groups_stay_bit_identical_and_the_aligner_moves(results: Any, layout: str) -> None:
-    moved = results[f"aligner {layout}"]["moved"]
-    assert len(moved) == 18  # three mergers of two linears and a norm, each weight and bias
-    assert all("merger" in key for key in moved)
+    require_only_the_aligner_moved(results[f"aligner {layout}"]["moved"])
 
 
 @pytest.mark.parametrize("layout", CASES["lora_llm"][2])
 def test_beside_adapters_only_the_aligner_moves(results: Any, layout: str) -> None:
-    moved = {key for key in results[f"lora_llm {layout}"]["moved"] if "lora_" not in key}
-    layers = [key for key in moved if "language_model" in key]
-    assert len(layers) == 4 * 7  # in each layer the four of attention and the three of the mlp
-    assert all(key.endswith("_proj.weight") for key in layers)
-    assert all("merger" in key for key in moved.difference(layers))
-    assert len(moved) == len(layers) + 18
+    require_adapted_layers_and_the_aligner_moved(results[f"lora_llm {layout}"]["moved"])
 
 
 WHOLE = [n for n in NAMES if n.split()[0] in ("dense", "deepstack", "windowed", "experts")]

@@ -1,22 +1,19 @@
 """Whole jobs of the transformers engine under torchrun, killed and not, on a small dataset."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.tiny.adapters import with_adapter
-from tests.tiny.megatron import stage
+from tests.tiny.jobs import Run, kill, metrics, processes, run_job
 from vlmcore.errors import ProcessError, TrainError
-from vlmcore.training.job import ADAPTER, METRICS, TRAINABLE, TrainJob
-from vlmcore.training.launch import launch
+from vlmcore.training.job import ADAPTER, TRAINABLE
 from vlmcore.weights.convert import to_mcore
 
 STEPS, SAVE_INTERVAL = 8, 3
@@ -24,62 +21,16 @@ FIELDS = {
     "engine": "transformers",
     "train_iters": STEPS,
     "save_interval": SAVE_INTERVAL,
-    "log_interval": 1,
-    "learning_rate": 1e-3,
     "lr_decay_style": "cosine",
-    "max_length": 64,
-    "packing_buffer_size": 24,
 }
 
 pytestmark = pytest.mark.slow
-Run = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def run(tiny_model: Callable[..., Path], tiny_dataset: Path) -> Run:
     """Runs the job of a folder: `run(folder, on_step)`; the folder keeps its scratch files."""
-
-    def run_job(
-        folder: Path,
-        on_step: Callable[[int], None] = lambda _: None,
-        model_dir: Path | None = None,
-        **fields: Any,
-    ) -> Path:
-        (folder / "scratch").mkdir(parents=True, exist_ok=True)
-        job = TrainJob(
-            stage=stage(**(FIELDS | fields)),
-            model_dir=model_dir or tiny_model("qwen3_vl"),
-            datasets={tiny_dataset: 1.0},
-            output_dir=folder / "output",
-            scratch_dir=folder / "scratch",
-        )
-        (folder / "job.json").write_text(job.model_dump_json())
-        launch(
-            "vlmcore.training.main",
-            ["--job", str(folder / "job.json")],
-            nproc_per_node=job.stage.nproc_per_node,
-            log_path=folder / "log",
-            on_progress=lambda values: on_step(values["step"]),
-        )
-        return folder
-
-    return run_job
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "output" / METRICS).read_text().splitlines()]
-
-
-def kill(job_file: Path, environment: bytes) -> None:
-    """kill -9 for the job's processes that carry this environment variable."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes()
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(job_file).encode() in command and environment in variables:
-            os.kill(int(process.name), signal.SIGKILL)
+    return partial(run_job, model_dir=tiny_model("qwen3_vl"), dataset=tiny_dataset, **FIELDS)
 
 
 def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
@@ -90,7 +41,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     def on_step(step: int) -> None:
         seen.append(step)
         if step == SAVE_INTERVAL + 2 and len(seen) < STEPS:
-            kill(killed / "job.json", b"RANK=1")
+            kill(processes(killed, "RANK=1"))
 
     with pytest.raises(ProcessError):
         run(killed, on_step)

@@ -1,11 +1,21 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vlmcore.training.launch import launch
+from tests.training.step_figures import (
+    EVERYWHERE,
+    LORA,
+    LORA_LLM,
+    TWO,
+    Cases,
+    figures_of,
+    names_of,
+    require_adapted_layers_and_the_aligner_moved,
+    require_only_the_aligner_moved,
+    require_step,
+)
 
 DDP: dict[str, Any] = {}
 FSDP = {"fsdp": "fsdp2"}
@@ -13,14 +23,9 @@ ZERO2, ZERO3 = {"deepspeed": "zero2"}, {"deepspeed": "zero3"}
 AGAIN = {"recompute_granularity": "full", "vit_gradient_checkpointing": True}
 CHUNKS = {"max_length": 9000}  # many chunks of logits
 
-TWO = {"train_iters": 2}
 BF16 = {"torch_dtype": "bfloat16"}
-LORA = {"tuner_type": "lora", "train_iters": 2, "lora_rank": 4, "lora_alpha": 6}
-EVERYWHERE = LORA | {"target_modules": ["all-linear"], "use_rslora": True}
-LORA_LLM = LORA | {"tuner_type": "lora_llm", "freeze_vit": True}
 
-# name: model, what all its layouts share, layouts; `killed_at`: one step at that layout came before
-CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+CASES: Cases = {
     "dense": ("qwen3", TWO, {"ddp": DDP, "fsdp": FSDP, "zero2": ZERO2, "zero3": ZERO3}),
     "deepstack": ("qwen3_vl", TWO, {
         "ddp": DDP, "fsdp_again": FSDP | AGAIN, "zero2": ZERO2, "zero3_again": ZERO3 | AGAIN,
@@ -54,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "resumed_lora": ("qwen3_vl", LORA | {"killed_at": DDP}, {"ddp": DDP}),
 }  # fmt: skip
 HALF = {"ddp": DDP, "fsdp": FSDP, "zero2": ZERO2, "zero3": ZERO3}
-NAMES = [f"{case} {layout}" for case, (_, _, layouts) in CASES.items() for layout in layouts]
+NAMES = names_of(CASES)
 
 pytestmark = pytest.mark.slow
 
@@ -63,51 +68,29 @@ pytestmark = pytest.mark.slow
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Figures of every case, from one torchrun."""
     folder = tmp_path_factory.mktemp("steps")
-    cases = [
-        {
-            "name": name,
-            "hf": str(tiny_model(model, num_hidden_layers=4, tied=model == "qwen3")),
-            "killed_at": fields.get("killed_at"),
-            "fields": {key: value for key, value in fields.items() if key != "killed_at"},
-            "layouts": layouts,
-        }
-        for name, (model, fields, layouts) in {**CASES, "half": ("qwen3_vl", BF16, HALF)}.items()
-    ]
-    (folder / "cases.json").write_text(json.dumps(cases))
-    launch(
+    return figures_of(
+        {**CASES, "half": ("qwen3_vl", BF16, HALF)},
         "tests.training.transformers_cases",
-        [str(folder / "cases.json"), str(folder / "out.json")],
-        nproc_per_node=2,
-        log_path=folder / "log",
+        tiny_model,
+        folder,
+        ranks=2,
     )
-    return json.loads((folder / "out.json").read_text())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_transformers_and_adamw(results: Any, name: str) -> None:
     """Packed rows against samples alone, uneven over ranks, with clipping at work."""
-    figures = results[name]
-    assert figures["clipped"]
-    assert figures["loss"] <= 1e-5
-    assert figures["evaluated"] <= 1e-6  # the loss before the update, without one
-    assert figures["grad_norm"] <= 1e-5
-    assert figures["worst"][1] <= 1e-5, figures["worst"]
+    require_step(results[name])
 
 
 @pytest.mark.parametrize("layout", CASES["aligner"][2])
 def test_frozen_groups_stay_bit_identical_and_the_aligner_moves(results: Any, layout: str) -> None:
-    moved = results[f"aligner {layout}"]["moved"]
-    assert len(moved) == 18  # three mergers of two linears and a norm, each weight and bias
-    assert all("merger" in key for key in moved)
+    require_only_the_aligner_moved(results[f"aligner {layout}"]["moved"])
 
 
 @pytest.mark.parametrize("layout", CASES["lora_llm"][2])
 def test_beside_adapters_only_the_aligner_moves(results: Any, layout: str) -> None:
-    moved = {key for key in results[f"lora_llm {layout}"]["moved"] if "lora_" not in key}
-    layers = [key for key in moved if "language_model" in key]
-    assert len(layers) == 4 * 7  # in each layer the four of attention and the three of the mlp
-    assert all("merger" in key for key in moved.difference(layers))
-    assert len(moved) == len(layers) + 18
+    require_adapted_layers_and_the_aligner_moved(results[f"lora_llm {layout}"]["moved"])
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.split()[0] in ("deepstack", "experts")])

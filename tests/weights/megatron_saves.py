@@ -12,9 +12,9 @@ from tests.tiny.megatron import stage
 from tests.tiny.rows import row_of, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.models.build import save_weights, sharded_state_dict
-from vlmcore.training import torch_dist_state
 from vlmcore.training.distributed import model_parallel, process_group
 from vlmcore.training.model import prepare
+from vlmcore.training.torch_dist_state import training_state
 from vlmcore.weights.convert import CHECKPOINT, SIDECAR
 
 ALIGNER = stage(freeze_vit=True, freeze_llm=True, tensor_model_parallel_size=2)
@@ -29,7 +29,7 @@ def main(source: Path, saved: Path, trained: Path) -> None:
     if dist.get_rank() == 0:
         (trained / CHECKPOINT).mkdir(parents=True)
     dist.barrier()
-    state = torch_dist_state._state(training, loading=False)  # its frozen weights are left out
+    state = training_state(training, loading=False)  # its frozen weights are left out
     dist_checkpointing.save(state | model, str(trained / CHECKPOINT))
 
 

@@ -37,17 +37,44 @@ class AsyncSaving:
         return self._calls.get_num_unfinalized_calls() == 0
 
 
+def training_state(training: Training, *, loading: bool) -> dict[str, Any]:
+    """What Megatron saves and loads as one: trained weights, optimizer, schedule and layout.
+
+    Args:
+        training: A stage laid out over the ranks.
+        loading: Whether it is to be filled from a checkpoint.
+
+    Returns:
+        Sharded tensors under `model0` … (a chunk each) and `optimizer`, plain values beside them.
+    """
+    models = _weights(training)
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    return {
+        **models,
+        "optimizer": training.optimizer.sharded_state_dict(
+            models, is_loading=loading, metadata=metadata
+        ),
+        "schedule": training.schedule.state_dict(),
+        "layout": str(training.stage.layout),
+    }
+
+
 def save_state(training: Training, folder: Path) -> AsyncSaving | None:
     """Writes what any layout can take up again."""
     torch.save(get_cuda_rng_tracker().get_states(), _tracker(folder))
-    state, beside = _state(training, loading=False), training.stage.async_save
+    state, beside = training_state(training, loading=False), training.stage.async_save
     request = dist_checkpointing.save(state, str(folder), async_sharded_save=beside)
     return None if request is None else AsyncSaving(request)
 
 
 def load_state(training: Training, folder: Path) -> None:
     """Takes up what `save_state` wrote; at another layout the ranks' generators begin anew."""
-    loaded = dist_checkpointing.load(_state(training, loading=True), str(folder))
+    loaded = dist_checkpointing.load(training_state(training, loading=True), str(folder))
     _put(training, loaded)
     with torch.no_grad():  # GroupStepAdam's moments are copied in place
         training.optimizer.load_state_dict(loaded["optimizer"])
@@ -81,24 +108,6 @@ def _weights(training: Training) -> dict[str, Any]:
     return {
         f"model{i}": sharded_state_dict(module) if whole else _trained(module)
         for i, module in enumerate(training.modules)
-    }
-
-
-def _state(training: Training, *, loading: bool) -> dict[str, Any]:
-    models = _weights(training)
-    metadata = {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-    return {
-        **models,
-        "optimizer": training.optimizer.sharded_state_dict(
-            models, is_loading=loading, metadata=metadata
-        ),
-        "schedule": training.schedule.state_dict(),
-        "layout": str(training.stage.layout),
     }
 
 
