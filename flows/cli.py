@@ -237,10 +237,17 @@ def recipe_check(recipe: RecipeArg, set_: SetOption = []) -> None:  # noqa: B006
 
 @artifacts_app.command("list")
 def artifacts_list(store: StoreOption = None, json_: JsonOption = False) -> None:
-    """Every artifact, oldest first."""
-    records = _store(store).artifacts()
+    """Every artifact, oldest first; and what encoded samples take of the disk."""
+    found = _store(store)
+    records = found.artifacts()
+    encoded, encoded_bytes = found.encoded_samples, found.encoded_samples_bytes()
     if json_:
-        _print_json({"artifacts": [record.model_dump(mode="json") for record in records]})
+        _print_json(
+            {
+                "artifacts": [record.model_dump(mode="json") for record in records],
+                "encoded_samples": {"path": str(encoded), "size_bytes": encoded_bytes},
+            }
+        )
         return
     from rich.table import Table
 
@@ -256,7 +263,11 @@ def artifacts_list(store: StoreOption = None, json_: JsonOption = False) -> None
             f"{record.started_at:%Y-%m-%d %H:%M}",
             f"{record.seconds:.1f}",
         )
-    Console().print(table)
+    out = Console()
+    out.print(table)
+    if encoded_bytes:
+        size = _readable(encoded_bytes)
+        out.print(f"encoded samples: {size} in {encoded}, deleted at will", soft_wrap=True)
 
 
 @artifacts_app.command("show")

@@ -56,6 +56,7 @@ def train(
             datasets=drawn,
             output_dir=context.path,
             scratch_dir=context.scratch,
+            cache_dir=run.store.encoded_samples if stage.cache_encoded_samples else None,
         )
         job_file = context.scratch / "job.json"
         job_file.write_text(job.model_dump_json(indent=1))

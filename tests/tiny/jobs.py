@@ -18,7 +18,14 @@ FIELDS = {"log_interval": 1, "learning_rate": 1e-3, "max_length": 64, "packing_b
 Run = Callable[..., Path]
 
 
-def write_job(folder: Path, *, model_dir: Path, dataset: Path, **fields: Any) -> TrainJob:
+def write_job(
+    folder: Path,
+    *,
+    model_dir: Path,
+    dataset: Path,
+    cache_dir: Path | None = None,
+    **fields: Any,
+) -> TrainJob:
     """The job of a folder, as its `job.json`; scratch files of an earlier one stay."""
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     job = TrainJob(
@@ -27,6 +34,7 @@ def write_job(folder: Path, *, model_dir: Path, dataset: Path, **fields: Any) ->
         datasets={dataset: 1.0},
         output_dir=folder / "output",
         scratch_dir=folder / "scratch",
+        cache_dir=cache_dir,
     )
     (folder / "job.json").write_text(job.model_dump_json())
     return job

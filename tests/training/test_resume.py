@@ -47,9 +47,11 @@ def kill_once_written(files: Path, pattern: str, pids: list[int]) -> None:
 
 
 def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Path) -> None:
+    """The killed one also keeps encoded samples, which changes nothing."""
     whole = run(tmp_path / "whole")
     killed = tmp_path / "killed"
     scratch = killed / "scratch"
+    encoded = {"cache_dir": tmp_path / "encoded"}
     seen: list[int] = []
 
     def on_step(found: int, at: int, action: Callable[[], None]) -> None:
@@ -67,9 +69,9 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
         threading.Thread(target=kill_once_written, args=where).start()
 
     with pytest.raises(ProcessError, match=r"\nrank 1 was killed by SIGKILL; if nobody sent it"):
-        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank))
+        run(killed, lambda step: on_step(step, SAVE_INTERVAL + 2, kill_a_rank), **encoded)
     # from here on checkpoints are written by processes of their own, while training goes on
-    beside = {"async_save": True}
+    beside = {"async_save": True, **encoded}
     with pytest.raises(ProcessError, match=r"\nrank [01] was killed by SIGKILL"):
         run(killed, lambda step: on_step(step, 2 * SAVE_INTERVAL - 1, kill_while_writing), **beside)
     checkpoints = {path.name for path in scratch.glob("iter_*")}
@@ -79,6 +81,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     starts = [after for before, after in zip([99, *seen], seen, strict=False) if after < before]
     assert starts == [0, SAVE_INTERVAL, SAVE_INTERVAL]
     assert {path.name for path in scratch.glob("iter_*")} == {"iter_0000008"}
+    assert len(list((tmp_path / "encoded").glob("??/*"))) > 60
     expected, found = metrics(whole), metrics(killed)
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     # not only within 1e-5: ranks of one thread each add up in one order, so two runs from nothing

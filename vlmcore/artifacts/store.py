@@ -4,6 +4,7 @@
     keys/<stage>/<key16>.json      the build record of a key; its digest names the object
     work/<stage>/<key16>/          a build under way: content/ (to be published) and scratch/
     locks/  quarantine/            who is building; what was found damaged
+    encoded/                       no artifacts: samples that training stages keep encoded
 
 The order of publishing makes every kill harmless. MANIFEST.json comes last into content/: from then
 on the build is finished, and the next one only publishes it. The key record comes before the
@@ -18,7 +19,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +37,7 @@ from vlmcore.artifacts.manifest import (
     Manifest,
     content_digest,
     hash_content,
+    list_files,
 )
 from vlmcore.artifacts.provenance import git_commit, versions
 from vlmcore.artifacts.refs import ArtifactRef
@@ -80,6 +82,19 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root).absolute()
+
+    @property
+    def encoded_samples(self) -> Path:
+        """Where training stages keep encoded samples; it may be deleted at any time."""
+        return self.root / "encoded"
+
+    def encoded_samples_bytes(self) -> int:
+        """What they take of the disk; stages may be adding some, and somebody deleting them."""
+        total = 0
+        for path in list_files(self.encoded_samples):
+            with suppress(FileNotFoundError):
+                total += (self.encoded_samples / path).stat().st_size
+        return total
 
     # -- finding ---------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from megatron.energon import WorkerConfig, get_savable_loader, get_train_dataset
 from megatron.energon.errors import reraise_exception
 from megatron.energon.savable_loader import SavableDataLoader
 
+from vlmcore.dataloading.cached_encoding import CachedEncoding
 from vlmcore.dataloading.encode import ConversationEncoder
+from vlmcore.dataloading.encoded_cache import EncodedCache
 from vlmcore.dataloading.media import MediaLimits
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
@@ -23,12 +25,15 @@ SHUFFLE_BUFFER_SIZE = 1_000
 CHECKPOINT_EVERY_S = 10.0  # a restored worker makes the rows since its last one again
 
 
-def stage_task_encoder(stage: TrainStage, hf_dir: Path) -> ConversationTaskEncoder:
+def stage_task_encoder(
+    stage: TrainStage, hf_dir: Path, *, cache_dir: Path | None = None
+) -> ConversationTaskEncoder:
     """What makes rows of conversations for a training stage.
 
     Args:
         stage: Says how samples are encoded, cut and packed.
         hf_dir: Tokenizer, chat template and processor of the model.
+        cache_dir: Where encoded samples are kept; None: nowhere.
 
     Raises:
         DataError: The model has no chat template, or its processor cannot keep a limit.
@@ -37,16 +42,27 @@ def stage_task_encoder(stage: TrainStage, hf_dir: Path) -> ConversationTaskEncod
     encoder = ConversationEncoder(
         hf_dir, task=stage.task, limits=MediaLimits(**limits), loss_scale=stage.loss_scale
     )
-    return row_maker(stage, encoder)
+    cached = None
+    if cache_dir is not None:
+        cached = CachedEncoding(
+            EncodedCache(cache_dir),
+            hf_dir=hf_dir,
+            media=encoder.media,
+            text_settings={"task": stage.task, "loss_scale": stage.loss_scale},
+        )
+    return row_maker(stage, encoder, cached)
 
 
-def row_maker(stage: TrainStage, encoder: ConversationEncoder) -> ConversationTaskEncoder:
+def row_maker(
+    stage: TrainStage, encoder: ConversationEncoder, cached: CachedEncoding | None
+) -> ConversationTaskEncoder:
     """The same on an encoder that is there already, with counts of dropped samples of its own."""
     return ConversationTaskEncoder(
         encoder,
         max_length=stage.max_length,
         truncation=stage.truncation_strategy,
         multiple=stage.row_multiple,
+        cached=cached,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,16 @@ class MediaProcessor:
         if self._videos is not None:
             found["video"] = str(self.processor.video_token)
         return found
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what becomes of an image or video, as JSON values."""
+        return {
+            "images": self._images.to_json_string(),
+            "image_options": self._image_options,
+            "videos": None if self._videos is None else self._videos.to_json_string(),
+            "limits": asdict(self.limits),
+        }
 
     @property
     def merge_size(self) -> int:

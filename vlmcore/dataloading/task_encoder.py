@@ -14,8 +14,10 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, stateless
 from PIL import Image
+from torch import Tensor
 
-from vlmcore.dataloading.encode import BadSampleError, ConversationEncoder
+from vlmcore.dataloading.cached_encoding import CachedEncoding
+from vlmcore.dataloading.encode import BadSampleError, ConversationEncoder, EncodedText
 from vlmcore.dataloading.media import Medium, image_size, open_image
 from vlmcore.dataloading.packing import pack_by_length
 from vlmcore.dataloading.rendering import IMAGE_TAG, VIDEO_TAG
@@ -58,6 +60,7 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         max_length: Tokens of a row.
         truncation: What becomes of a longer sample: `delete` skips it, `right` cuts its end.
         multiple: Rows are padded to a multiple of this many tokens (sequence parallelism).
+        cached: Remembers what samples were made into; it changes no row. None: nothing does.
     """
 
     cookers = (Cooker(cook_conversation),)
@@ -70,11 +73,13 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         max_length: int,
         truncation: Literal["delete", "right"] = "delete",
         multiple: int = 1,
+        cached: CachedEncoding | None = None,
     ) -> None:
         self.encoder = encoder
         self.max_length = max_length
         self.truncation = truncation
         self.multiple = multiple
+        self.cached = cached
         self._dropped: Counter[str] = Counter()
         self._skips_in_a_row: Counter[str] = Counter()
 
@@ -92,12 +97,10 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
     def postencode_sample(self, sample: TokenSample) -> TokenSample:
         """Decodes the media into what the vision side wants."""
         if sample.media:
-            assert self.encoder.media is not None
             try:
-                pixels = [_decode(m, f) for m, f in zip(sample.media, sample.files, strict=True)]
-            except _DECODE_ERRORS as error:
-                self._skip(sample.__key__, BadSampleError("bad_media", str(error)))
-            sample.vision = self.encoder.media.tensors(sample.media, pixels)
+                sample.vision = self._tensors(sample.media, sample.files)
+            except BadSampleError as error:
+                self._skip(sample.__key__, error)
             sample.files = []
         return sample
 
@@ -118,11 +121,13 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         return self._row(samples)
 
     def _encode(self, sample: ConversationSample) -> TokenSample:
-        files = _in_order(sample)
-        media = self._measure(sample, files)
-        file_of = {id(one): file for one, (_, file) in zip(media, files, strict=True)}
         cut_at = self.max_length if self.truncation == "right" else None
-        text = self.encoder.encode(sample.messages, media, cut_at=cut_at)
+
+        def make() -> EncodedText:
+            media = self._measure(sample)
+            return self.encoder.encode(sample.messages, media, cut_at=cut_at)
+
+        text = make() if self.cached is None else self.cached.text(sample, make, cut_at=cut_at)
         length = len(text.input_ids)
         if length > self.max_length:
             raise BadSampleError("too_long", f"{length} tokens, max_length is {self.max_length}")
@@ -130,6 +135,7 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
             raise BadSampleError("too_long", "of several images one is left, which is read tiled")
         if not text.loss_scale.any():
             raise BadSampleError("no_loss", "no token carries loss")
+        images, videos = iter(sample.images), iter(sample.videos)
         return TokenSample.derive_from(
             sample,
             input_ids=text.input_ids,
@@ -137,20 +143,32 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
             loss_scale=text.loss_scale,
             position_ids=text.position_ids,
             media=text.media,
-            files=[file_of[id(medium)] for medium in text.media],
+            files=[next(images if medium.video is None else videos) for medium in text.media],
         )
+
+    def _tensors(self, media: Sequence[Medium], files: Sequence[bytes]) -> dict[str, Tensor]:
+        processor = self.encoder.media
+        assert processor is not None
+
+        def make() -> dict[str, Tensor]:
+            try:
+                pixels = [_decode(m, f) for m, f in zip(media, files, strict=True)]
+            except _DECODE_ERRORS as error:
+                raise BadSampleError("bad_media", str(error)) from error
+            return processor.tensors(media, pixels)
+
+        return make() if self.cached is None else self.cached.tensors(media, files, make)
 
     def _cut_to_one_tiled(self, left: Sequence[Medium], sample: ConversationSample) -> bool:
         num_images = sum(medium.video is None for medium in left)
         processor = self.encoder.media
         return num_images == 1 < len(sample.images) and bool(processor and processor.tiles_by_count)
 
-    def _measure(
-        self, sample: ConversationSample, files: Sequence[tuple[str, bytes]]
-    ) -> list[Medium]:
+    def _measure(self, sample: ConversationSample) -> list[Medium]:
+        """The sample's media in the order of their tags."""
         processor = self.encoder.media
         found = []
-        for tag, file in files:
+        for tag, file in _in_order(sample):
             if processor is None or (tag == VIDEO_TAG and "video" not in processor.placeholders):
                 raise BadSampleError("unsupported_media", f"the model takes no {tag}")
             try:

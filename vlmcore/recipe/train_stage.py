@@ -298,6 +298,11 @@ class TrainStage(Section):
     async_save: bool = Operational(
         default=False, description="Write those checkpoints beside the training that goes on."
     )
+    cache_encoded_samples: bool = Operational(
+        default=False,
+        description="Keep tokens, decoded images and videos on disk, so that later epochs and "
+        "stages read them; takes about ten times the room of the data.",
+    )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
 

@@ -25,6 +25,7 @@ class TrainJob(BaseModel):
             table; of a LoRA stage also the adapter as peft's folder, which the model has merged.
         scratch_dir: Periodic checkpoints and the metrics so far; a job that finds them there goes
             on from them.
+        cache_dir: Where the ranks keep encoded samples, for this job and others; None: nowhere.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,7 @@ class TrainJob(BaseModel):
     datasets: dict[Path, float]
     output_dir: Path
     scratch_dir: Path
+    cache_dir: Path | None = None
 
     @property
     def hf_dir(self) -> Path:

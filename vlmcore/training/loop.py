@@ -16,9 +16,10 @@ from megatron.energon.savable_loader import SavableDataLoader
 from torch import Tensor
 
 from vlmcore import megatron_cpu
-from vlmcore.dataloading.encode import ConversationEncoder, dummy_vision_inputs
+from vlmcore.dataloading.encode import dummy_vision_inputs
 from vlmcore.dataloading.loader import row_maker, stage_loader, stage_task_encoder, stop_workers
 from vlmcore.dataloading.samples import PackedRow
+from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.errors import TrainError
 from vlmcore.families import family_of, read_config
 from vlmcore.recipe.train_stage import TrainStage
@@ -37,7 +38,7 @@ def train(job: TrainJob) -> None:
         TrainError: Nothing trainable, an impossible layout, or a loss that is not finite.
     """
     stage = job.stage
-    task_encoder = stage_task_encoder(stage, job.hf_dir)
+    task_encoder = stage_task_encoder(stage, job.hf_dir, cache_dir=job.cache_dir)
     training = _prepare(job, dummy_vision_inputs(task_encoder.encoder))
     loader = stage_loader(
         stage,
@@ -47,8 +48,9 @@ def train(job: TrainJob) -> None:
         data_parallel_size=training.data_parallel_size,
         blend_file=job.scratch_dir / f"blend_{dist.get_rank()}.yaml",
     )
+    held_out_encoder = row_maker(stage, task_encoder.encoder, task_encoder.cached)
     try:
-        _run_steps(job, training, loader, task_encoder.encoder)
+        _run_steps(job, training, loader, held_out_encoder)
     finally:
         stop_workers(loader)
 
@@ -74,13 +76,13 @@ def _run_steps(
     job: TrainJob,
     training: Engine,
     loader: SavableDataLoader[PackedRow],
-    encoder: ConversationEncoder,
+    held_out_encoder: ConversationTaskEncoder,
 ) -> None:
     """Trains from the last checkpoint, or the start, to the last step."""
     stage = job.stage
     checkpoints = Checkpointer(job.scratch_dir, training=training, stage=stage, loader=loader)
     start = checkpoints.restore()
-    held_out = HeldOut(job, training, row_maker(stage, encoder), after_step=start)
+    held_out = HeldOut(job, training, held_out_encoder, after_step=start)
     leads = dist.get_rank() == 0
     metrics = MetricsFile(job.scratch_dir / METRICS, after_step=start) if leads else None
     if leads:
