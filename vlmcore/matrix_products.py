@@ -68,7 +68,7 @@ def _suits(a: Tensor, b: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """`a` as rows; of two columns-first matrices, as for a weight's gradient, the smaller turned."""
+    """Where `a` comes columns first, as for a weight's gradient, the smaller of both is turned."""
     if bias is None and a.stride(1) != 1 and b.numel() < a.numel():
         turned: Tensor = _by_onednn(b.t(), a, None, "none", [], "")
         return turned.t().contiguous()

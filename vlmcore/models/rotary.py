@@ -22,7 +22,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Of the angles, [..., D], both halves alike; broadcasts to `x`.
         sin: Likewise.
     """
-    out: Tensor = _Turn.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    out: Tensor = _Turn.apply(x, cos, sin)
     return out
 
 
@@ -33,9 +33,10 @@ class _Turn(torch.autograd.Function):
         return _turned(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _turned(grad, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:

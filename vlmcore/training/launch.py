@@ -18,6 +18,10 @@ from vlmcore.training.rank_failure import RankFailures
 
 Progress = Callable[[dict[str, Any]], None]
 
+# glibc gives large blocks back as soon as they are free, and takes new pages for the next: on a CPU
+# 1,300 page faults in each step of a model of 1 M parameters, a fifteenth of its time
+_KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+
 
 def launch(
     module: str,
@@ -54,7 +58,7 @@ def launch(
             errors.append(error)
 
     command, extra = _command(module, arguments, nproc_per_node=nproc_per_node, nodes=nodes)
-    env = compat.child_env() | extra
+    env = _KEEP_MEMORY | compat.child_env() | extra
     try:
         proc.run_logged(command, log_path=log_path, on_line=hear, env=env)
     except proc.ChildFailedError as failure:
