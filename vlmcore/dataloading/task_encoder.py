@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from megatron.energon import Cooker, SkipSample, TaskEncoder, basic_sample_keys, stateless
 from PIL import Image
+from torch import Tensor
 
 from vlmcore.dataloading.encode import BadSampleError, ConversationEncoder
 from vlmcore.dataloading.media import Medium, image_size, open_image
@@ -90,15 +91,16 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
 
     @stateless
     def postencode_sample(self, sample: TokenSample) -> TokenSample:
-        """Decodes the media into what the vision side wants."""
-        if sample.media:
-            assert self.encoder.media is not None
-            try:
-                pixels = [_decode(m, f) for m, f in zip(sample.media, sample.files, strict=True)]
-            except _DECODE_ERRORS as error:
-                self._skip(sample.__key__, BadSampleError("bad_media", str(error)))
-            sample.vision = self.encoder.media.tensors(sample.media, pixels)
-            sample.files = []
+        """Decodes the media; what the vision side wants of them is made for a row at once."""
+        try:
+            sample.pixels = [_decode(m, f) for m, f in zip(sample.media, sample.files, strict=True)]
+        except _DECODE_ERRORS as error:
+            self._skip(sample.__key__, BadSampleError("bad_media", str(error)))
+        sample.files = []
+        processor = self.encoder.media
+        if processor is not None and processor.tiles_by_count:
+            sample.vision = processor.tensors(sample.media, sample.pixels)
+            sample.pixels = []
         return sample
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
@@ -180,10 +182,23 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         dropped, self._dropped = self._dropped, Counter()
         return pack_row(
             samples,
+            vision=self._vision(samples),
             pad_token_id=self.encoder.tokenizer.pad_token_id,
             multiple=self.multiple,
             dropped=dropped,
         )
+
+    def _vision(self, samples: Sequence[TokenSample]) -> list[dict[str, Tensor]]:
+        """What the vision side wants of a row's media, in turn.
+
+        One call of the processor for all: it checks its options for longer than it works on a
+        small image.
+        """
+        pixels = [one for sample in samples for one in sample.pixels]
+        if not pixels:
+            return [sample.vision for sample in samples]
+        assert self.encoder.media is not None
+        return [self.encoder.media.tensors([m for s in samples for m in s.media], pixels)]
 
 
 def _in_order(sample: ConversationSample) -> list[tuple[str, bytes]]:
