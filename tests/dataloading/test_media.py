@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.dataloading.conftest import SHELLS, VIDEO, Encoders
-from tests.tiny.rows import noise
+from tests.tiny.rows import noise, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.dataloading.media import MediaLimits, MediaProcessor, Medium, image_size, open_image
+from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.dataloading.video import VideoInfo, frames_at, probe_video
 from vlmcore.errors import DataError
 
@@ -104,6 +105,32 @@ def test_the_tensors_of_a_video_beside_an_image_are_the_processors(
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
+
+
+def png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_the_tensors_of_a_row_are_those_of_its_samples(encoders: Encoders, shell: str) -> None:
+    """Made for all at once; images of one size in one go where they are small."""
+    task_encoder = ConversationTaskEncoder(encoders(shell), max_length=10_000)
+    media = task_encoder.encoder.media
+    each = [[(96, 64)], [], [(96, 64), (33, 210), (64, 64)], [(96, 64)], [(64, 64)], [(700, 650)]]
+    for sizes in (each[:-1], each):
+        samples, expected = [], []
+        for i, some in enumerate(sizes):
+            outlines = tuple(media.image(size, alone=len(some) == 1) for size in some)
+            pictures = [noise(size, seed=10 * i + j) for j, size in enumerate(some)]
+            sample = token_sample(task_encoder.encoder, "Look.", "Yes.", images=[])
+            sample.media, sample.files = outlines, [png(picture) for picture in pictures]
+            samples.append(task_encoder.postencode_sample(sample))
+            expected.append(media.tensors(outlines, pictures))
+        row = task_encoder.pack_selected_samples(samples).vision
+        assert row.keys() == {name for one in expected for name in one}
+        for name, found in row.items():
+            assert torch.equal(found, torch.cat([one[name] for one in expected if one])), name
 
 
 def test_a_videos_steps_last_as_long_as_the_processor_says(encoders: Encoders) -> None:
@@ -231,7 +258,7 @@ def test_features_of_a_row_are_those_of_its_samples(
     """One and several images a sample; a family may treat them differently."""
     import transformers
 
-    from tests.tiny.rows import row_of, token_sample
+    from tests.tiny.rows import row_of
     from vlmcore.models.vision import placeholders, see
 
     encoder = encoders(shell)

@@ -43,4 +43,5 @@ def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Siz
 
 
 def row_of(samples: Sequence[TokenSample], *, multiple: int = 1) -> PackedRow:
-    return pack_row(samples, pad_token_id=0, multiple=multiple, dropped={})
+    vision = [sample.vision for sample in samples]
+    return pack_row(samples, vision=vision, pad_token_id=0, multiple=multiple, dropped={})

@@ -120,17 +120,21 @@ class ConversationEncoder:
         filled = self._fill(messages, media)
         encoding = self._backend.encode(filled.text, add_special_tokens=self._plain)
         offsets = np.array(encoding.offsets).reshape(-1, 2)
-        ids, weights, blocks = self._expand(np.array(encoding.ids), offsets, filled)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        ids, weights, blocks = self._expand(ids, offsets, filled)
         length = len(ids) if cut_at is None else self._cut(ids, blocks, cut_at)
         left = tuple(medium for medium, (_, end) in zip(filled.media, blocks, strict=True)
                      if end <= length)  # fmt: skip
-        ids, next_weights = ids[:length], np.append(weights[1:length], np.float32(0))
-        labels = np.where(next_weights > 0, np.append(ids[1:], IGNORED), IGNORED)
-        input_ids = torch.from_numpy(ids)
+        loss_scale = np.zeros(length, dtype=np.float32)
+        loss_scale[:-1] = weights[1:length]
+        (trained,) = (loss_scale > 0).nonzero()
+        labels = np.full(length, IGNORED)
+        labels[trained] = ids[trained + 1]
+        input_ids = torch.from_numpy(ids[:length])
         return EncodedText(
             input_ids=input_ids,
             labels=torch.from_numpy(labels),
-            loss_scale=torch.from_numpy(next_weights),
+            loss_scale=torch.from_numpy(loss_scale),
             position_ids=self._positions(input_ids, left),
             media=left,
         )
@@ -179,19 +183,19 @@ class ConversationEncoder:
         """Ids and weights with runs at full length, and the tokens (first, end) of each medium."""
         starts, ends = offsets.T
         times = np.ones(len(ids), dtype=np.int64)
-        is_feature = (ids[:, None] == self._feature_ids).any(axis=1)  # faster than isin of few
-        assert is_feature.sum() == len(filled.repeats)
-        times[is_feature] = filled.repeats
+        (features,) = (ids[:, None] == self._feature_ids).any(axis=1).nonzero()
+        assert len(features) == len(filled.repeats)
+        times[features] = filled.repeats
         weights = np.zeros(len(ids), dtype=np.float32)
         for start, end, weight in filled.spans:
             weights[(starts >= start) & (ends <= end)] = weight
-        before = np.concatenate([[0], times.cumsum()])
+        through = times.cumsum()  # tokens up to each one's end
         blocks = []
         for start, end in filled.blocks:
-            first, last = np.searchsorted(starts, start), np.searchsorted(starts, end)
+            first, last = starts.searchsorted([start, end])
             weights[first:last] = 0
-            blocks.append((int(before[first]), int(before[last])))
-        return np.repeat(ids, times), np.repeat(weights, times), blocks
+            blocks.append((int(through[first] - times[first]), int(through[last - 1])))
+        return ids.repeat(times), weights.repeat(times), blocks
 
     def _cut(self, ids: np.ndarray, blocks: Sequence[tuple[int, int]], cut_at: int) -> int:
         """Tokens that are left: no part of a medium, nor what opens one that is gone."""

@@ -7,10 +7,10 @@ of a thousand gives the same tokens as one that is repeated after tokenising.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from functools import lru_cache
 
 from vlmcore.dataloading.media import Medium
 from vlmcore.dataloading.rendering import Rendered
@@ -50,52 +50,53 @@ def fill(
         placeholders: `image` and `video` → its placeholder.
         feature_tokens: Tokens that stand for one feature each.
     """
-    waiting = {
+    of_kind = {
         "image": [medium for medium in media if medium.video is None],
         "video": [medium for medium in media if medium.video is not None],
     }
+    waiting = {token: iter(of_kind[kind]) for kind, token in placeholders.items()}
     filled = Filled()
-    shifts = [(0, 0)]  # (character of the rendered text, how much further on it now stands)
+    starts, shifts = [0], [0]  # from a character of the rendered text on: how much further it is
     pieces, done, length = [], 0, 0
-    for match in _pattern(list(placeholders.values())).finditer(rendered.text):
-        kind = next(kind for kind, token in placeholders.items() if token == match.group())
-        if not waiting[kind]:
+    for match in _pattern(tuple(placeholders.values())).finditer(rendered.text):
+        medium = next(waiting[match.group()], None)
+        if medium is None:
             return None
-        medium = waiting[kind].pop(0)
-        short = _collapse(medium.replacement, feature_tokens, filled.repeats)
+        short, repeats = _collapsed(medium.replacement, tuple(feature_tokens))
+        filled.repeats += repeats
         pieces += [rendered.text[done : match.start()], short]
         length += match.start() - done
         filled.blocks.append((length, length + len(short)))
         filled.media.append(medium)
         length += len(short)
         done = match.end()
-        shifts.append((done, length - done))
-    if any(waiting.values()):
+        starts.append(done)
+        shifts.append(length - done)
+    if len(filled.media) < len(media):
         return None
     filled.text = "".join([*pieces, rendered.text[done:]])
-    filled.spans = [
-        (_shifted(start, shifts), _shifted(end, shifts), weight)
-        for start, end, weight in rendered.spans
-    ]
+
+    def shifted(character: int) -> int:
+        return character + shifts[bisect_right(starts, character) - 1]
+
+    filled.spans = [(shifted(start), shifted(end), weight) for start, end, weight in rendered.spans]
     return filled
 
 
-def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+@lru_cache
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
 
 
-def _collapse(replacement: str, feature_tokens: Sequence[str], repeats: list[int]) -> str:
-    """The replacement with each run of a feature token written once; their lengths are added."""
-    runs = "|".join(f"(?:{re.escape(token)})+" for token in feature_tokens)
+@lru_cache
+def _collapsed(replacement: str, feature_tokens: tuple[str, ...]) -> tuple[str, list[int]]:
+    """The replacement with each run of a feature token written once, and their lengths."""
+    repeats = []
 
     def once(run: re.Match[str]) -> str:
         token = next(token for token in feature_tokens if run.group().startswith(token))
         repeats.append(len(run.group()) // len(token))
         return token
 
-    return re.sub(runs, once, replacement)
-
-
-def _shifted(character: int, shifts: Sequence[tuple[int, int]]) -> int:
-    index = int(np.searchsorted([start for start, _ in shifts], character, side="right")) - 1
-    return character + shifts[index][1]
+    runs = "|".join(f"(?:{re.escape(token)})+" for token in feature_tokens)
+    return re.sub(runs, once, replacement), repeats

@@ -28,6 +28,9 @@ _SIDEWAYS = 5  # EXIF orientations from this one on swap width and height
 _ORIENTATION = 274  # EXIF tag
 # These bound the pixels of all frames together; the other processors those of each frame.
 _BOUND_WHOLE_VIDEOS = ("Qwen3VLVideoProcessor",)
+# Images of one size are worked on together while they fit the CPU's cache: half the time for small
+# ones (16 of 128 x 32), twice the time for large ones (8 of 640 x 480).
+_PIXELS_TOGETHER = 400_000
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class MediaProcessor:
             raise DataError(_no_such_limit(self._videos, "video_max_pixels"))
         self._crop = self._fixed_crop()
         self._by_grid: dict[tuple[int, ...], str] = {}
+        # both are asked of every row, and transformers finds them by looking at signatures
+        self._frames_are_images = "pixel_values_videos" not in self.processor.model_input_names
+        self._no_inputs = {*self.processor.unused_input_names, "num_patches", "video_metadata"}
 
     @property
     def placeholders(self) -> dict[str, str]:
@@ -171,19 +177,23 @@ class MediaProcessor:
     def tensors(
         self, media: Sequence[Medium], pixels: Sequence[Image.Image | np.ndarray]
     ) -> dict[str, Tensor]:
-        """What the model's `get_image_features` and `get_video_features` want of one sample.
+        """What the model's `get_image_features` and `get_video_features` want of samples.
 
         Args:
-            media: The sample's, in the order of its text.
+            media: One sample's, in the order of its text; of several in turn, but for a family
+                that tiles by count.
             pixels: Likewise: images as they are shown, videos as frames [N, height, width, 3].
 
         Raises:
             DataError: The processor makes more or fewer tokens of one than was foretold.
         """
         outputs: dict[str, Any] = {}
-        images = [one for medium, one in zip(media, pixels, strict=True) if medium.video is None]
+        images = [one for one in pixels if isinstance(one, Image.Image)]
         if images:
-            outputs |= self._images([images], return_tensors="pt", **self._image_options)
+            few = sum(image.width * image.height for image in images) <= _PIXELS_TOGETHER
+            outputs |= self._images(
+                [images], return_tensors="pt", disable_grouping=not few, **self._image_options
+            )
         made = iter(self._replacements(outputs, len(images)))
         runs = []
         for medium, one in zip(media, pixels, strict=True):
@@ -310,9 +320,8 @@ class MediaProcessor:
         return dict(outputs)
 
     def _model_inputs(self, media: Sequence[Medium], outputs: dict[str, Any]) -> dict[str, Tensor]:
-        unused = {*self.processor.unused_input_names, "num_patches", "video_metadata"}
-        inputs = {name: value for name, value in outputs.items() if name not in unused}
-        if self._frames_are_images() and "pixel_values_videos" in inputs:
+        inputs = {name: value for name, value in outputs.items() if name not in self._no_inputs}
+        if self._frames_are_images and "pixel_values_videos" in inputs:
             frames = iter(inputs.pop("pixel_values_videos"))  # [N, 3, height, width] each
             tiles = _in_turn(inputs.get("pixel_values"), outputs.get("num_patches"))
             parts = [next(tiles if one.video is None else frames) for one in media]
@@ -321,9 +330,6 @@ class MediaProcessor:
         if pixels is not None and pixels.ndim == 5:  # [images, tiles, 3, height, width], unpadded
             inputs["pixel_values"] = pixels.flatten(0, 1)
         return inputs
-
-    def _frames_are_images(self) -> bool:
-        return "pixel_values_videos" not in self.processor.model_input_names
 
     @staticmethod
     def _has_grids(processor: Any) -> bool:
@@ -334,7 +340,8 @@ def open_image(data: bytes) -> Image.Image:
     """An image as it is shown: its camera's orientation applied, as model servers do."""
     image = Image.open(io.BytesIO(data))
     upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-    return upright.convert("RGB")
+    upright.load()
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
 
 
 def image_size(data: bytes) -> Size:

@@ -45,7 +45,7 @@ def mrope_position_ids(
     if video_token_id is not None:
         blocks[video_token_id] = _video_blocks(video_grids_thw, video_intervals)
     ids = input_ids.numpy()
-    (placed,) = np.where((ids[:, None] == [*blocks]).any(axis=1))
+    placed = np.flatnonzero(np.logical_or.reduce([ids == token for token in blocks]))
     positions = np.empty((3, len(ids)), dtype=np.int64)
     position, start, num_before = 0, 0, 0
     while start < len(ids):
@@ -68,8 +68,11 @@ def mrope_position_ids(
                 f"placeholders left"
             )
         times = (np.arange(t, dtype=np.float32) * np.float32(interval)).astype(np.int64)
-        grid = np.meshgrid(times, np.arange(h), np.arange(w), indexing="ij")
-        positions[:, start:end] = np.stack(grid).reshape(3, -1) + position
+        grid = positions[:, start:end].reshape(3, t, h, w)
+        assert grid.base is positions
+        grid[0] = times[:, None, None] + position
+        grid[1] = np.arange(position, position + h)[:, None]
+        grid[2] = np.arange(position, position + w)
         position, start = position + max(h, w), end
     if left := sum(1 for rest in blocks.values() for _ in rest):
         raise ValueError(f"{left} images have no placeholders left")

@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 
+import numpy as np
 import torch
 from megatron.energon import Sample
 from megatron.energon.edataclass import edataclass
+from PIL import Image
 from torch import Tensor
 
 from vlmcore.dataloading.encode import IGNORED
@@ -35,6 +37,8 @@ class TokenSample(Sample):
     position_ids: Tensor  # [3, S]
     media: tuple[Medium, ...] = ()
     files: list[bytes] = field(default_factory=list)  # of the media, in their order
+    # once the sample has its place: the media decoded, or what the vision side wants of them
+    pixels: list[Image.Image | np.ndarray] = field(default_factory=list)
     vision: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -63,11 +67,20 @@ class PackedRow(Sample):
 def pack_row(
     samples: Sequence[TokenSample],
     *,
+    vision: Sequence[Mapping[str, Tensor]],
     pad_token_id: int,
     multiple: int,
     dropped: Mapping[str, int],
 ) -> PackedRow:
-    """Concatenates samples into one row, padded at the end to a multiple of `multiple` tokens."""
+    """Concatenates samples into one row, padded at the end to a multiple of `multiple` tokens.
+
+    Args:
+        samples: In turn.
+        vision: Tensors of their media, in turn; each of one sample's or of several.
+        pad_token_id: What padding consists of.
+        multiple: Of so many tokens is a row.
+        dropped: Samples left out since the row before, by cause.
+    """
     lengths = [len(sample.input_ids) for sample in samples]
     padding = -sum(lengths) % multiple
     pieces = [(s.input_ids, s.labels, s.loss_scale, s.position_ids) for s in samples]
@@ -82,10 +95,10 @@ def pack_row(
         )
         lengths.append(padding)
     ids, labels, scales, positions = zip(*pieces, strict=True)
-    vision: defaultdict[str, list[Tensor]] = defaultdict(list)
-    for sample in samples:
-        for name, value in sample.vision.items():
-            vision[name].append(value)
+    tensors: defaultdict[str, list[Tensor]] = defaultdict(list)
+    for part in vision:
+        for name, value in part.items():
+            tensors[name].append(value)
     return PackedRow.derive_from(
         samples[0],
         input_ids=torch.cat(ids),
@@ -93,7 +106,10 @@ def pack_row(
         loss_scale=torch.cat(scales),
         position_ids=torch.cat(positions, dim=1),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        vision={name: torch.cat(values) for name, values in vision.items()},
+        vision={
+            name: values[0] if len(values) == 1 else torch.cat(values)
+            for name, values in tensors.items()
+        },
         num_samples=len(samples),
         dropped=dict(dropped),
     )

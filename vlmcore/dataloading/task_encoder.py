@@ -80,6 +80,8 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         self.truncation = truncation
         self.multiple = multiple
         self.cached = cached
+        # tensors that depend on what else is in the sample, or are kept for one
+        self._by_sample = cached is not None or bool(encoder.media and encoder.media.tiles_by_count)
         self._dropped: Counter[str] = Counter()
         self._skips_in_a_row: Counter[str] = Counter()
 
@@ -95,13 +97,15 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
 
     @stateless
     def postencode_sample(self, sample: TokenSample) -> TokenSample:
-        """Decodes the media into what the vision side wants."""
-        if sample.media:
-            try:
-                sample.vision = self._tensors(sample.media, sample.files)
-            except BadSampleError as error:
-                self._skip(sample.__key__, error)
-            sample.files = []
+        """Decodes the media; what the vision side wants of them may be made for a row at once."""
+        try:
+            if self._by_sample:
+                sample.vision = self._tensors(sample.media, sample.files) if sample.media else {}
+            else:
+                sample.pixels = _decode_all(sample.media, sample.files)
+        except BadSampleError as error:
+            self._skip(sample.__key__, error)
+        sample.files = []
         return sample
 
     def select_samples_to_pack(self, samples: list[TokenSample]) -> list[list[TokenSample]]:
@@ -151,11 +155,7 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         assert processor is not None
 
         def make() -> dict[str, Tensor]:
-            try:
-                pixels = [_decode(m, f) for m, f in zip(media, files, strict=True)]
-            except _DECODE_ERRORS as error:
-                raise BadSampleError("bad_media", str(error)) from error
-            return processor.tensors(media, pixels)
+            return processor.tensors(media, _decode_all(media, files))
 
         return make() if self.cached is None else self.cached.tensors(media, files, make)
 
@@ -198,10 +198,25 @@ class ConversationTaskEncoder(TaskEncoder[ConversationSample, TokenSample, Packe
         dropped, self._dropped = self._dropped, Counter()
         return pack_row(
             samples,
+            vision=self._vision(samples),
             pad_token_id=self.encoder.tokenizer.pad_token_id,
             multiple=self.multiple,
             dropped=dropped,
         )
+
+    def _vision(self, samples: Sequence[TokenSample]) -> list[dict[str, Tensor]]:
+        """What the vision side wants of a row's media, in turn.
+
+        One call of the processor for all: it checks its options for longer than it works on a
+        small image.
+        """
+        if self._by_sample:
+            return [sample.vision for sample in samples]
+        pixels = [one for sample in samples for one in sample.pixels]
+        if not pixels:
+            return []
+        assert self.encoder.media is not None
+        return [self.encoder.media.tensors([m for s in samples for m in s.media], pixels)]
 
 
 def _in_order(sample: ConversationSample) -> list[tuple[str, bytes]]:
@@ -217,6 +232,13 @@ def _in_order(sample: ConversationSample) -> list[tuple[str, bytes]]:
     if counts != expected:
         raise BadSampleError("tag_mismatch", f"tags {counts}, files {expected}")
     return [(tag, waiting[tag].pop(0)) for tag in tags]
+
+
+def _decode_all(media: Sequence[Medium], files: Sequence[bytes]) -> list[Image.Image | np.ndarray]:
+    try:
+        return [_decode(medium, file) for medium, file in zip(media, files, strict=True)]
+    except _DECODE_ERRORS as error:
+        raise BadSampleError("bad_media", str(error)) from error
 
 
 def _decode(medium: Medium, file: bytes) -> Image.Image | np.ndarray:
