@@ -1,6 +1,7 @@
 """Tokens and tensors of images and videos, beside what each family's processor says."""
 
 import io
+import struct
 from typing import Any
 
 import numpy as np
@@ -279,3 +280,13 @@ def test_features_of_a_row_are_those_of_its_samples(
     assert int((row.input_ids == tokens.image).sum()) == len(expected)
     # matrix products over more rows add up in another order
     torch.testing.assert_close(whole.embedded, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_png_without_size_or_cut_off_is_no_image() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (7, 5)).save(out, "PNG")
+    whole = out.getvalue()
+    assert image_size(whole) == (7, 5)
+    for broken in (whole[:20], whole[:16] + bytes(4) + whole[20:]):
+        with pytest.raises((OSError, SyntaxError, ValueError, struct.error)):
+            image_size(broken)

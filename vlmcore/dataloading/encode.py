@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +120,8 @@ class ConversationEncoder:
         """
         filled = self._fill(messages, media)
         encoding = self._backend.encode(filled.text, add_special_tokens=self._plain)
-        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        ends = chain.from_iterable(encoding.offsets)
+        offsets = np.fromiter(ends, np.int64, 2 * len(encoding)).reshape(-1, 2)
         ids = np.array(encoding.ids, dtype=np.int64)
         ids, weights, blocks = self._expand(ids, offsets, filled)
         length = len(ids) if cut_at is None else self._cut(ids, blocks, cut_at)

@@ -9,6 +9,7 @@ to decode, by the processor itself on tensors that hold no data.
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ Size = tuple[int, int]  # width, height
 _FRAMES_OF_A_VIDEO = 32  # where neither recipe nor processor says: LLaVA-OneVision's own number
 _SIDEWAYS = 5  # EXIF orientations from this one on swap width and height
 _ORIENTATION = 274  # EXIF tag
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PNG_EXIF = b"eXIf"  # a chunk's name
 # These bound the pixels of all frames together; the other processors those of each frame.
 _BOUND_WHOLE_VIDEOS = ("Qwen3VLVideoProcessor",)
 # Images of one size are worked on together while they fit the CPU's cache: half the time for small
@@ -346,6 +349,10 @@ def open_image(data: bytes) -> Image.Image:
 
 def image_size(data: bytes) -> Size:
     """Width and height of an image as it is shown, from its header."""
+    if data.startswith(_PNG) and _PNG_EXIF not in data:  # PIL reads and checks all that follows
+        width, height = struct.unpack(">II", data[16:24])
+        if width and height:
+            return width, height
     image = Image.open(io.BytesIO(data))
     width, height = image.size
     if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
