@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 from vlmcore.dataloading.encode import IGNORED
 from vlmcore.dataloading.media import Medium
 from vlmcore.dataloading.rendering import Message
+
+_SENT_AS_BYTES = 2**16  # bytes at most; in shared memory each tensor costs a call of its sender
 
 
 @edataclass
@@ -58,10 +61,32 @@ class PackedRow(Sample):
     num_samples: int
     dropped: dict[str, int]  # samples left out since the row before, by cause
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How a row comes from a loader's process: what is small, as bytes."""
+        values = {one.name: _packed(getattr(self, one.name)) for one in fields(self)}
+        return _row_of, (values,)
+
     @property
     def num_dropped(self) -> int:
         """Samples left out since the row before, for whatever cause."""
         return sum(self.dropped.values())
+
+
+def _row_of(values: dict[str, Any]) -> PackedRow:
+    return PackedRow(**{name: _unpacked(value) for name, value in values.items()})
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _packed(one) for name, one in value.items()}
+    small = isinstance(value, Tensor) and value.nbytes <= _SENT_AS_BYTES
+    return value.numpy() if small else value
+
+
+def _unpacked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _unpacked(one) for name, one in value.items()}
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def pack_row(
