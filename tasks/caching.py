@@ -52,6 +52,9 @@ class Watcher:
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
         """A stage is `done` of `total` on its way; `text` says where it stands."""
 
+    def note(self, stage: str, text: str) -> None:
+        """A stage says something that is to stay on the screen."""
+
     def finished(self, outcome: StageOutcome) -> None:
         """A stage has ended."""
 
@@ -165,6 +168,10 @@ class Run:
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
         """Reports how far a stage is."""
         self.watcher.progress(stage, done, total, text)
+
+    def note(self, stage: str, text: str) -> None:
+        """Has a stage say something that is to stay on the screen."""
+        self.watcher.note(stage, text)
 
     def log_path(self, stage: str) -> Path:
         """File for the output of a stage's child processes."""

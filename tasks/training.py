@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tasks.caching import Ref, Run
@@ -90,13 +92,37 @@ def train(
 
 
 def _report(run: Run, name: str, values: Mapping[str, Any]) -> None:
-    text = ""
-    if "loss" in values:
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_s']:,.0f} tokens/s"
-        )
-    run.progress(name, values["step"], values["total"], text)
+    if "trainable" in values:  # the first thing that the ranks say
+        run.note(name, _what_trains(values["trainable"]))
+        if values["step"]:
+            run.note(name, f"goes on from the checkpoint of step {values['step']}")
+    run.progress(name, values["step"], values["total"], _figures(values))
+
+
+# what a progress line says of a step, where the step has it
+_FIGURES = {
+    "loss": "loss {:.4f}",
+    "aux_loss": "aux loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "grad_norm": "grad norm {:.3g}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+def _figures(values: Mapping[str, Any]) -> str:
+    return "  ".join(
+        text.format(values[figure]) for figure, text in _FIGURES.items() if figure in values
+    )
+
+
+def _what_trains(table: Mapping[str, Mapping[str, int]]) -> str:
+    """The trainable table in one line."""
+    groups = [
+        f"{group} {row['trainable']:,} of {row['parameters']:,}" for group, row in table.items()
+    ]
+    return f"trains {', '.join(groups)} parameters"
 
 
 def _summarise(folder: Path, name: str) -> dict[str, Any]:
@@ -106,6 +132,9 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     (folder / LOSS_PLOT).write_text(loss_plot_svg(metrics, title=name))
     seconds = sum(row["step_s"] for row in metrics)
+    causes: Counter[str] = Counter()
+    for row in metrics:
+        causes.update(row.get("dropped_by_cause", {}))
     return {
         "final_loss": metrics[-1]["loss"],
         **_lowest_eval_loss(metrics),
@@ -113,9 +142,17 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
         "skipped_steps": sum(not row["updated"] for row in metrics),
         "samples": sum(row["samples"] for row in metrics),
         "dropped": sum(row["dropped"] for row in metrics),
+        "dropped_by_cause": dict(causes.most_common()),
+        **_mean_fill(metrics),
         "tokens_per_s": sum(row["tokens"] for row in metrics) / max(seconds, 1e-9),
         "peak_memory_mb": max(row["peak_memory_mb"] for row in metrics),
     }
+
+
+def _mean_fill(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How full packed rows were; nothing of a stage that does not pack."""
+    found = [row["packing_fill"] for row in metrics if "packing_fill" in row]
+    return {"packing_fill": fmean(found)} if found else {}
 
 
 def _lowest_eval_loss(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,9 +10,27 @@ from pathlib import Path
 import pytest
 
 from tasks.caching import Ref, Run
-from tasks.training import train
+from tasks.training import _figures, _what_trains, train
 from tests.tiny.megatron import stage
 from vlmcore.artifacts import BuildContext, Store
+
+
+def test_a_progress_line_says_what_its_step_has() -> None:
+    step = {"step": 7, "total": 9, "loss": 0.51234, "learning_rate": 1e-3, "grad_norm": 1.25,
+            "tokens_per_s": 12345.6}  # fmt: skip
+    assert _figures({"step": 0, "total": 9}) == ""
+    assert _figures(step) == "loss 0.5123  grad norm 1.25  lr 1.00e-03  12,346 tokens/s"
+    more = step | {"eval_loss": 0.25, "aux_loss": 1.02, "mfu": 0.4512}
+    assert _figures(more) == (
+        "loss 0.5123  aux loss 1.0200  eval loss 0.2500  grad norm 1.25  lr 1.00e-03  "
+        "12,346 tokens/s  MFU 45.1%"
+    )
+
+
+def test_what_trains_is_said_by_group() -> None:
+    table = {"aligner": {"parameters": 1200, "trainable": 1200},
+             "llm": {"parameters": 34567, "trainable": 0}}  # fmt: skip
+    assert _what_trains(table) == "trains aligner 1,200 of 1,200, llm 0 of 34,567 parameters"
 
 
 @pytest.mark.slow

@@ -121,7 +121,8 @@ class Step(_Document):
     grad_norm: float
     tokens: int
     samples: int
-    dropped: int
+    dropped_by_cause: dict[str, int] = {}
+    packing_fill: float | None = None
     tokens_per_s: float
     step_s: float
     peak_memory_mb: float

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--job", type=Path, required=True, help="JSON of a TrainJob")
     job = TrainJob.model_validate_json(parser.parse_args().job.read_text())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vlmcore.dataloading").setLevel(logging.INFO)  # which samples are dropped
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     warnings.filterwarnings("ignore", category=FutureWarning)
     # transformers' generation (5.19) imports it where it is, and with it scipy and pandas
