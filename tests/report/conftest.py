@@ -32,7 +32,7 @@ SWAP_PROOF = {
     "vision_max_diff": 0.0,
     "missing_keys": [],
     "unexpected_keys": [],
-    "language_class": "Qwen3VLTextModel",
+    "text_class": "Qwen3VLTextModel",
     "vision_class": "Qwen3VLVisionModel",
     "ledger": {
         "from_llm": 46,

@@ -137,7 +137,13 @@ def render_report(report: ReportInput) -> str:
         if f"evaluate.{checkpoint}.{benchmark}" in report.folders
     }
     swap = read_document(report.folders, "swap", "proof.json", SwapProof)
-    precision = _read_all(report, "to_mcore", "precision.json", list[Precision])
+    # the test stands alone where training reads HF weights straight into its ranks
+    tested = [one for one in ("to_mcore", "precision") if _stages(report, one)] or ["to_mcore"]
+    precision = [
+        found
+        for prefix in tested
+        for found in _read_all(report, prefix, "precision.json", list[Precision])
+    ]
     reloads = _read_all(report, "export", "precision.json", list[Precision])
     return render(
         "page.html.jinja",

@@ -31,7 +31,7 @@ def main() -> None:
     try:
         _run(job)
     except VlmflowError as error:
-        report_error(str(error))
+        report_error(sentence(error))
         sys.exit(2)
 
 
@@ -56,6 +56,12 @@ def _run(job: TrainJob) -> None:
         from vlmcore.training.loop import train
 
         train(job)
+
+
+def sentence(error: VlmflowError) -> str:
+    """What an error says; torch puts the traceback of a loader's process before it."""
+    kind = type(error)
+    return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 if __name__ == "__main__":
