@@ -122,6 +122,7 @@ class Run:
         inputs: Inputs,
         volatile: Sequence[str] = (),
         resumable: bool = False,
+        resumes_over: Sequence[str] = (),
     ) -> Ref:
         """The artifact of a stage: found in the store, or built; None in a plan that must build it.
 
@@ -134,6 +135,7 @@ class Run:
             inputs: Artifacts that it reads.
             volatile: Globs of content that differs from run to run and is left out of the digest.
             resumable: An interrupted build leaves its scratch folder to the next one.
+            resumes_over: Parameters that the next one may have other values of.
 
         Raises:
             UntilReached: The walk was to end before this stage.
@@ -151,6 +153,7 @@ class Run:
             inputs=inputs,  # type: ignore[arg-type]  # none is unknown here
             volatile=tuple(volatile),
             resumable=resumable,
+            resumes_over=tuple(resumes_over),
         )
         found = self.store.lookup(name, spec.key)
         refresh = any(matches(name, pattern) for pattern in self._refresh)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
+from vlmcore.layout import Layout
 from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
 from vlmcore.weights.sidecar import config_dir
 
-log = logging.getLogger(__name__)
-
 LOSS_PLOT = "loss.svg"
+# a checkpoint is taken up at any other layout
+_LAYOUT = (*(field.name for field in fields(Layout)), "nproc_per_node", "nnodes", "fsdp")
 
 
 def train(
     run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref], weights: Sequence[float]
 ) -> Ref:
-    """A trained model folder; a killed build goes on from its last checkpoint.
+    """A trained model folder; a killed build goes on from its last checkpoint, at any layout.
 
     Adapters are merged into it, and stand beside the weights as peft's folder.
 
@@ -64,8 +65,8 @@ def train(
         job_file.write_text(job.model_dump_json(indent=1))
         nodes = nodes_of(stage)
         if nodes.nnodes > 1:
-            others = "%s: on each of the other %d nodes: python -m vlmcore.training.nodes %s"
-            log.info(others, name, nodes.nnodes - 1, job_file)
+            others = f"run on each of the other {nodes.nnodes - 1} nodes, with its NODE_RANK"
+            run.note(name, f"{others}: python -m vlmcore.training.nodes {job_file}")
         launch(
             "vlmcore.training.main",
             ["--job", str(job_file)],
@@ -88,6 +89,7 @@ def train(
         inputs={"model": model, "data": list(datasets)},
         volatile=("checkpoint/.metadata", METRICS, LOSS_PLOT),
         resumable=True,
+        resumes_over=_LAYOUT,
     )
 
 
