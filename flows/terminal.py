@@ -53,7 +53,12 @@ class TerminalWatcher(Watcher):
         label = f"{done:.0f}/{total:.0f}  {text}"
         self._bar.update(self._task, completed=done, total=total, text=label)
         if not self._console.is_terminal:
-            self._console.print(f"  {label}", style="dim")
+            self._console.print(f"  {label}", style="dim", soft_wrap=True)
+
+    def note(self, stage: str, text: str) -> None:
+        """Prints a line above the bar."""
+        line = f"  {stage}: {text}"
+        self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
 
     def finished(self, outcome: StageOutcome) -> None:
         """Prints the stage's line."""

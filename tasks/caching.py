@@ -52,6 +52,9 @@ class Watcher:
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
         """A stage is `done` of `total` on its way; `text` says where it stands."""
 
+    def note(self, stage: str, text: str) -> None:
+        """A stage says something that is to stay on the screen."""
+
     def finished(self, outcome: StageOutcome) -> None:
         """A stage has ended."""
 
@@ -119,6 +122,7 @@ class Run:
         inputs: Inputs,
         volatile: Sequence[str] = (),
         resumable: bool = False,
+        resumes_over: Sequence[str] = (),
     ) -> Ref:
         """The artifact of a stage: found in the store, or built; None in a plan that must build it.
 
@@ -131,6 +135,7 @@ class Run:
             inputs: Artifacts that it reads.
             volatile: Globs of content that differs from run to run and is left out of the digest.
             resumable: An interrupted build leaves its scratch folder to the next one.
+            resumes_over: Parameters that the next one may have other values of.
 
         Raises:
             UntilReached: The walk was to end before this stage.
@@ -148,6 +153,7 @@ class Run:
             inputs=inputs,  # type: ignore[arg-type]  # none is unknown here
             volatile=tuple(volatile),
             resumable=resumable,
+            resumes_over=tuple(resumes_over),
         )
         found = self.store.lookup(name, spec.key)
         refresh = any(matches(name, pattern) for pattern in self._refresh)
@@ -165,6 +171,10 @@ class Run:
     def progress(self, stage: str, done: float, total: float, text: str) -> None:
         """Reports how far a stage is."""
         self.watcher.progress(stage, done, total, text)
+
+    def note(self, stage: str, text: str) -> None:
+        """Has a stage say something that is to stay on the screen."""
+        self.watcher.note(stage, text)
 
     def log_path(self, stage: str) -> Path:
         """File for the output of a stage's child processes."""

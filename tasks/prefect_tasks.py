@@ -97,6 +97,11 @@ class PrefectWatcher(Watcher):
             self._updated_at = time.monotonic()
             get_run_logger().info("%d of %d  %s", done, total, text)
 
+    def note(self, stage: str, text: str) -> None:
+        """Writes a line into the run's log."""
+        get_run_logger().info(text)
+        self._inner.note(stage, text)
+
     def finished(self, outcome: StageOutcome) -> None:
         """A stage has ended."""
         self._inner.finished(outcome)

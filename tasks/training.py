@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
+from vlmcore.layout import Layout
 from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
 from vlmcore.weights.sidecar import config_dir
 
-log = logging.getLogger(__name__)
-
 LOSS_PLOT = "loss.svg"
+# a checkpoint is taken up at any other layout
+_LAYOUT = (*(field.name for field in fields(Layout)), "nproc_per_node", "nnodes", "fsdp")
 
 
 def train(
     run: Run, stage: TrainStage, *, model: Ref, datasets: Sequence[Ref], weights: Sequence[float]
 ) -> Ref:
-    """A trained model folder; a killed build goes on from its last checkpoint.
+    """A trained model folder; a killed build goes on from its last checkpoint, at any layout.
 
     Adapters are merged into it, and stand beside the weights as peft's folder.
 
@@ -62,8 +65,8 @@ def train(
         job_file.write_text(job.model_dump_json(indent=1))
         nodes = nodes_of(stage)
         if nodes.nnodes > 1:
-            others = "%s: on each of the other %d nodes: python -m vlmcore.training.nodes %s"
-            log.info(others, name, nodes.nnodes - 1, job_file)
+            others = f"run on each of the other {nodes.nnodes - 1} nodes, with its NODE_RANK"
+            run.note(name, f"{others}: python -m vlmcore.training.nodes {job_file}")
         launch(
             "vlmcore.training.main",
             ["--job", str(job_file)],
@@ -86,17 +89,42 @@ def train(
         inputs={"model": model, "data": list(datasets)},
         volatile=("checkpoint/.metadata", METRICS, LOSS_PLOT),
         resumable=True,
+        resumes_over=_LAYOUT,
     )
 
 
 def _report(run: Run, name: str, values: Mapping[str, Any]) -> None:
-    text = ""
-    if "loss" in values:
-        text = (
-            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  "
-            f"{values['tokens_per_s']:,.0f} tokens/s"
-        )
-    run.progress(name, values["step"], values["total"], text)
+    if "trainable" in values:  # the first thing that the ranks say
+        run.note(name, _what_trains(values["trainable"]))
+        if values["step"]:
+            run.note(name, f"goes on from the checkpoint of step {values['step']}")
+    run.progress(name, values["step"], values["total"], _figures(values))
+
+
+# what a progress line says of a step, where the step has it
+_FIGURES = {
+    "loss": "loss {:.4f}",
+    "aux_loss": "aux loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "grad_norm": "grad norm {:.3g}",
+    "learning_rate": "lr {:.2e}",
+    "tokens_per_s": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+}
+
+
+def _figures(values: Mapping[str, Any]) -> str:
+    return "  ".join(
+        text.format(values[figure]) for figure, text in _FIGURES.items() if figure in values
+    )
+
+
+def _what_trains(table: Mapping[str, Mapping[str, int]]) -> str:
+    """The trainable table in one line."""
+    groups = [
+        f"{group} {row['trainable']:,} of {row['parameters']:,}" for group, row in table.items()
+    ]
+    return f"trains {', '.join(groups)} parameters"
 
 
 def _summarise(folder: Path, name: str) -> dict[str, Any]:
@@ -106,6 +134,9 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
     metrics = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     (folder / LOSS_PLOT).write_text(loss_plot_svg(metrics, title=name))
     seconds = sum(row["step_s"] for row in metrics)
+    causes: Counter[str] = Counter()
+    for row in metrics:
+        causes.update(row.get("dropped_by_cause", {}))
     return {
         "final_loss": metrics[-1]["loss"],
         **_lowest_eval_loss(metrics),
@@ -113,9 +144,17 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
         "skipped_steps": sum(not row["updated"] for row in metrics),
         "samples": sum(row["samples"] for row in metrics),
         "dropped": sum(row["dropped"] for row in metrics),
+        "dropped_by_cause": dict(causes.most_common()),
+        **_mean_fill(metrics),
         "tokens_per_s": sum(row["tokens"] for row in metrics) / max(seconds, 1e-9),
         "peak_memory_mb": max(row["peak_memory_mb"] for row in metrics),
     }
+
+
+def _mean_fill(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """How full packed rows were; nothing of a stage that does not pack."""
+    found = [row["packing_fill"] for row in metrics if "packing_fill" in row]
+    return {"packing_fill": fmean(found)} if found else {}
 
 
 def _lowest_eval_loss(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -192,3 +192,15 @@ def test_reap_stops_children_of_other_threads(marker: str) -> None:
     thread.join(timeout=10)
     assert alive(marker) == []
     assert failures[0].exit_code == 128 + signal.SIGTERM
+
+
+def test_reap_leaves_a_child_from_before_its_block_alone(tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with proc.child(sleep, log_path=tmp_path / "before") as server:
+        with pytest.raises(KeyboardInterrupt), proc.reap(), proc.child(
+            sleep, log_path=tmp_path / "within"
+        ) as worker:  # fmt: skip
+            raise KeyboardInterrupt
+        assert worker.exit_code is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.popen.wait(timeout=1)

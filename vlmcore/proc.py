@@ -128,13 +128,16 @@ def reap() -> Iterator[None]:
     """Put around a flow body: an exception that leaves it stops the children of all threads.
 
     A cancellation reaches only the main thread, while a stage submitted to a thread goes on
-    waiting for its child, and the interpreter for the thread.
+    waiting for its child, and the interpreter for the thread. Children from before the block stay,
+    such as the Prefect server that has yet to be told how the flow ended.
     """
+    with _live_lock:
+        before = set(_live)
     try:
         yield
     except BaseException:
         with _live_lock:
-            orphans = list(_live)
+            orphans = _live - before
         for popen in orphans:
             popen.terminate()  # the waiting thread sees its child end and reports that
         raise

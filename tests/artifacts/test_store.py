@@ -160,6 +160,31 @@ def test_a_failed_build_keeps_its_work_and_the_next_starts_empty(store):
     assert tree(ref.path).keys() == {"model", "MANIFEST.json"}
 
 
+def test_an_interrupted_build_goes_on_with_another_value_of_what_it_resumes_over(store):
+    def made(**params) -> StageSpec:
+        return StageSpec(
+            "train.full", "train", 1, params=params, resumable=True, resumes_over=("ranks",)
+        )
+
+    found = []
+
+    def build(context):
+        step = context.scratch / "step"
+        found.append(step.exists())
+        step.touch()
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        (context.path / "weights").write_text("w")
+
+    with pytest.raises(KeyboardInterrupt):
+        store.build(made(ranks=1, rate=0.1), build)
+    store.build(made(ranks=1, rate=0.2), build)
+    ref = store.build(made(ranks=2, rate=0.1), build).ref
+    assert found == [False, False, True]
+    assert ref.key == made(ranks=2, rate=0.1).key
+    assert store.lookup("train.full", made(ranks=1, rate=0.1).key) is None
+
+
 def test_a_resumable_build_goes_on_from_its_scratch(store):
     def step(build):
         done = build.scratch / "step"

@@ -109,7 +109,10 @@ def test_every_stage_runs_and_the_report_is_there(first):
         }
     ]
     page = Path(result["report"]).read_text()
-    assert "Swap proof" in page and "data:image/png;base64," in page
+    assert "data:image/png;base64," in page
+    for proof in ("Swap proof", "Precision", "Export reload"):
+        assert f"{proof} passed" in page, proof
+    assert "cannot be read" not in page
 
 
 def test_a_second_run_executes_nothing(first):

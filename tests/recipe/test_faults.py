@@ -160,6 +160,9 @@ WRONG: dict[str, Case] = {
     "choice by another name": one(
         25, "  dtype: bf16", "export.dtype", "found 'bf16', expected 'float32',", "; write bfloat16"
     ),
+    "choice in small letters": one(
+        17, "    lr_decay_style: wsd", "train.align.lr_decay_style", "found 'wsd'", "; write WSD"
+    ),
     "choice misspelt": one(27, "  engine: vlm", "serve.engine", "expected 'auto',", "; write vllm"),
     "no such choice": one(
         17, "    engine: jax", "train.align.engine", "'jax', expected 'megatron'", "Megatron-Core"

@@ -32,7 +32,7 @@ SWAP_PROOF = {
     "vision_max_diff": 0.0,
     "missing_keys": [],
     "unexpected_keys": [],
-    "language_class": "Qwen3VLTextModel",
+    "text_class": "Qwen3VLTextModel",
     "vision_class": "Qwen3VLVisionModel",
     "ledger": {
         "from_llm": 46,
@@ -141,7 +141,7 @@ def training_steps(count: int, *, start: float, floor: float, peak: float, seed:
             "grad_norm": noise.uniform(0.2, 2),
             "tokens": 1000 + number % 17,
             "samples": 32,
-            "dropped": 0,
+            "packing_fill": 0.97 + number / count / 100,
             "tokens_per_s": noise.uniform(9000, 11000),
             "step_s": 0.1,
             "peak_memory_mb": 1200 + number / 10,

@@ -227,6 +227,21 @@ def test_training_figures_are_sums_and_medians_over_all_steps(run):
     assert "samples seen 9,600" in section
     assert f"tokens {sum(row['tokens'] for row in rows):,}" in section
     assert "aligner 123,456 trained llm 1,234,567 frozen" in section
+    fill = sum(row["packing_fill"] for row in rows) / len(rows)
+    assert f"rows filled by packing {fill:.1%}".replace("%", " %") in section
+    assert "samples dropped" not in section
+
+
+def test_samples_that_training_drops_stand_by_cause(build_run):
+    def change(stage, folder):
+        if stage == "train.align":
+            first, *rest = (folder / "metrics.jsonl").read_text().splitlines()
+            causes = {"bad_media": 1, "too_long": 1200}
+            row = json.loads(first) | {"dropped_by_cause": causes}
+            (folder / "metrics.jsonl").write_text("\n".join([json.dumps(row), *rest]))
+
+    text = text_of(render_report(build_run(change).report()))
+    assert "samples dropped 1,200 too_long , 1 bad_media" in text
 
 
 def test_large_images_are_made_small_and_an_unreadable_one_is_named(build_run):

@@ -46,6 +46,8 @@ HYPER = {
 def samples_of(encoder: ConversationEncoder) -> list[list[TokenSample]]:
     """The samples of four rows: uneven ones, so that a mean of means would show."""
     text = token_sample(encoder, "What is 12 + 30?", "42", "And half of it?", "21", images=[])
+    weights = torch.arange(1, len(text.loss_scale) + 1) / len(text.loss_scale)
+    text.loss_scale = text.loss_scale * weights  # as messages weigh their turns
     short = token_sample(encoder, "Hi", "Hello, what can I do for you?", images=[])
     long = token_sample(encoder, "Count.", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", images=[])
     if encoder.family.vision is None:
@@ -105,7 +107,7 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 
 def _losses(model: Any, rows: list[list[TokenSample]], stage: TrainStage) -> tuple[Any, Any]:
     """Mean over all trained tokens, and what the routers add."""
-    total = sum(int((sample.labels != IGNORED).sum()) for row in rows for sample in row)
+    total = sum(int((sample.loss_scale > 0).sum()) for row in rows for sample in row)
     gates = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
     loss, seen = 0.0, []
     for row in rows:
@@ -121,7 +123,8 @@ def _loss_sum(model: Any, sample: TokenSample) -> torch.Tensor:
     if extra:
         extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, **extra).logits[0]
-    return F.cross_entropy(logits, sample.labels, ignore_index=IGNORED, reduction="sum")
+    losses = F.cross_entropy(logits, sample.labels, ignore_index=IGNORED, reduction="none")
+    return (losses * sample.loss_scale).sum()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from torch import nn
 from vlmcore.errors import TrainError
 from vlmcore.families import FAMILIES
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training.freeze_groups import require_trainable
+from vlmcore.training.freeze_groups import require_match, require_trainable
 from vlmcore.training.freezing import apply_freezes, freeze_group
 
 STAGE = {"name": "s", "data": ("d",), "train_iters": 1}
@@ -66,3 +66,13 @@ def test_nothing_trainable_is_refused() -> None:
     stage = TrainStage(**STAGE, freeze_llm=True)
     with pytest.raises(TrainError, match="train.s: nothing is trainable: the model has llm"):
         require_trainable({"llm": {"parameters": 3, "trainable": 0}}, stage)
+
+
+def test_a_regex_that_matches_nothing_is_refused_with_names_like_it() -> None:
+    names = ["decoder.layers.0.linear_qkv.weight", "decoder.layers.0.linear_proj.weight"]
+    require_match(names, TrainStage(**STAGE, trainable_parameters_regex=r"\.0\..*qkv"))
+    slip = TrainStage(**STAGE, trainable_parameters_regex="linear_qvk")
+    with pytest.raises(
+        TrainError, match=r"'linear_qvk' matches no parameter; engine megatron.*qkv"
+    ):
+        require_match(names, slip)

@@ -1,5 +1,11 @@
 """Which rank is blamed, told from lines as torchrun 2.13 and its ranks print them."""
 
+from pathlib import Path
+
+import pytest
+
+from vlmcore.errors import ProcessError
+from vlmcore.training.launch import launch
 from vlmcore.training.rank_failure import RankFailures
 
 GONE = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:20883. GLHF!"
@@ -51,3 +57,17 @@ def test_an_echo_is_better_than_nothing() -> None:
     echo = traceback(0, GONE)
     assert cause(*echo) == "\n".join(echo)
     assert cause("loss 0.5") is None
+
+
+@pytest.mark.slow
+def test_the_error_of_a_run_begins_with_the_traceback_of_the_rank_that_failed(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ProcessError) as found:
+        launch(
+            "tests.training.failing_ranks", [], nproc_per_node=2, log_path=tmp_path / "log"
+        )  # fmt: skip
+    first, traceback, *_, last = str(found.value).splitlines()
+    assert first.startswith("tests.training.failing_ranks: a rank died (whole output: ")
+    assert traceback == "[rank1]: Traceback (most recent call last):"
+    assert last == "[rank1]: KeyError: 'the weight that nobody has'"

@@ -1,3 +1,8 @@
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
 from vlmcore.families import FAMILIES
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.throughput import Throughput
@@ -23,3 +28,18 @@ def test_work_is_six_operations_a_weight_and_token_and_four_when_frozen() -> Non
     assert abs(lora / (4 * (layers + head)) - 1) < 1e-3
     pairs = Throughput(model, TrainStage(**STAGE)).flops(counts | {"attended_pairs": 10})
     assert pairs - full == 3 * 4 * 36 * 4096 * 10
+
+
+def test_rows_are_as_full_as_their_tokens_of_max_length(tmp_path: Path) -> None:
+    model = FAMILIES["qwen3"].language_model(CONFIG)
+    counts = {"tokens": 750, "loss_tokens": 100, "attended_pairs": 0, "samples": 9}
+    fields = STAGE | {"max_length": 200, "global_batch_size": 4}
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        packed = Throughput(model, TrainStage(**fields))(counts, step_s=0.5)
+        unpacked = Throughput(model, TrainStage(**fields, packing=False))(counts, step_s=0.5)
+    finally:
+        dist.destroy_process_group()
+    assert packed["packing_fill"] == pytest.approx(750 / 800)
+    assert packed["tokens_per_s"] == pytest.approx(1500)
+    assert "packing_fill" not in unpacked

@@ -65,8 +65,10 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
 
 def test_another_number_of_ranks_goes_on_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
     seen: list[int] = []
-    run(tmp_path, train_iters=SAVE_INTERVAL + 1)
+    run(tmp_path, train_iters=SAVE_INTERVAL + 1, save_interval=1, save_total_limit=2)
     before = metrics(tmp_path)
+    kept = {path.name for path in (tmp_path / "scratch").glob("iter_*")}
+    assert kept == {f"iter_{step:07d}" for step in (SAVE_INTERVAL - 1, SAVE_INTERVAL)}
     shutil.rmtree(tmp_path / "output")
     run(tmp_path, seen.append, train_iters=SAVE_INTERVAL + 2, nproc_per_node=1)
     assert seen[0] == SAVE_INTERVAL

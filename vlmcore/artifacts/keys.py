@@ -38,11 +38,19 @@ class StageSpec:
     """Glob patterns (`*` crosses folders) of files that do not count in the digest: logs, times."""
     resumable: bool = False
     """The builder finds the scratch folder of an interrupted build; otherwise an empty one."""
+    resumes_over: tuple[str, ...] = ()
+    """Parameters that the interrupted build may have had other values of."""
 
     @cached_property
     def key(self) -> str:
         """The key that this build's result is stored under."""
         return compute_key(self.kind, self.version, self.params, self.inputs)
+
+    @cached_property
+    def work_key(self) -> str:
+        """What the work folder is named after: the key, whatever `resumes_over` is set to."""
+        lasting = {name: self.params[name] for name in self.params if name not in self.resumes_over}
+        return compute_key(self.kind, self.version, lasting, self.inputs)
 
 
 def compute_key(stage_kind: str, version: int, params: Mapping[str, Any], inputs: Inputs) -> str:

@@ -2,7 +2,7 @@
 
     objects/<stage>/<digest16>/    published content and its MANIFEST.json
     keys/<stage>/<key16>.json      the build record of a key; its digest names the object
-    work/<stage>/<key16>/          a build under way: content/ (to be published) and scratch/
+    work/<stage>/<work_key16>/     a build under way: content/ (to be published) and scratch/
     locks/  quarantine/            who is building; what was found damaged
     encoded/                       no artifacts: samples that training stages keep encoded
 
@@ -351,10 +351,10 @@ class Store:
         return self.root / "keys" / _folder_name(stage) / f"{key[:16]}.json"
 
     def _work_path(self, spec: StageSpec) -> Path:
-        return self.root / "work" / _folder_name(spec.stage) / spec.key[:16]
+        return self.root / "work" / _folder_name(spec.stage) / spec.work_key[:16]
 
     def _lock_path(self, spec: StageSpec) -> Path:
-        return self.root / "locks" / _folder_name(spec.stage) / f"{spec.key[:16]}.lock"
+        return self.root / "locks" / _folder_name(spec.stage) / f"{spec.work_key[:16]}.lock"
 
     @contextmanager
     def _publishing(self, stage: str) -> Iterator[None]:

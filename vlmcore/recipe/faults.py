@@ -160,7 +160,8 @@ def _expected(error: ErrorDetails) -> str:
 def _choice(found: Any, choices: list[str]) -> str:
     lower = str(found).lower()
     meant = [VALUES[lower]] if VALUES.get(lower) in choices else []
-    close = meant or difflib.get_close_matches(lower, choices, n=1)
+    same = [choice for choice in choices if choice.lower() == lower]
+    close = meant or same or difflib.get_close_matches(lower, choices, n=1)
     return f"; write {close[0]}" if close else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -78,6 +79,10 @@ def _zero3_faults(stage: TrainStage) -> Iterator[Fault]:
 
 
 def _freeze_faults(stage: TrainStage) -> Iterator[Fault]:
+    try:
+        re.compile(stage.trainable_parameters_regex)
+    except re.error as error:
+        yield ("trainable_parameters_regex",), f"no regular expression: {error}; escape or mend it"
     groups = {"freeze_llm": stage.freeze_llm}
     if stage.model == "vlm":
         groups |= {"freeze_vit": stage.freeze_vit, "freeze_aligner": stage.freeze_aligner}
@@ -118,6 +123,9 @@ def _schedule_faults(stage: TrainStage) -> Iterator[Fault]:
     if is_wsd != (stage.lr_wsd_decay_iters is not None):
         text = "empty, but WSD" if is_wsd else "only for lr_decay_style WSD, which"
         yield ("lr_wsd_decay_iters",), f"{text} decays over that many steps at the end"
+    elif stage.lr_wsd_decay_iters is not None and stage.lr_wsd_decay_iters > stage.train_iters:
+        text = f"{stage.lr_wsd_decay_iters} is more than train_iters {stage.train_iters}; lower it"
+        yield ("lr_wsd_decay_iters",), text
 
 
 def _layout_faults(stage: TrainStage) -> Iterator[Fault]:

@@ -35,7 +35,7 @@ class SwapProof(_Document):
     vision_max_diff: float
     missing_keys: list[str]
     unexpected_keys: list[str]
-    language_class: str
+    text_class: str
     vision_class: str
     ledger: Ledger
 
@@ -47,14 +47,14 @@ class SwapProof(_Document):
 
 
 class Conversion(_Document):
-    """`conversion.json` of a stage that converts weights."""
+    """`conversion.json` of a stage that converts weights, or copies them in another dtype."""
 
     family: str
     keys_read: int
     keys_written: int
     digest: str
-    tied: dict[str, str]
-    dropped: dict[str, str]
+    tied: dict[str, str] = {}
+    dropped: dict[str, str] = {}
 
 
 class Precision(_Document):
@@ -121,7 +121,8 @@ class Step(_Document):
     grad_norm: float
     tokens: int
     samples: int
-    dropped: int
+    dropped_by_cause: dict[str, int] = {}
+    packing_fill: float | None = None
     tokens_per_s: float
     step_s: float
     peak_memory_mb: float

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Protocol, TypeVar
@@ -96,7 +97,8 @@ class Training:
     num_final: int = 0
     first_loss: float = 0.0
     samples: int = 0
-    dropped: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    fill: float | None = None
     tokens: int = 0
     tokens_per_s: float = 0.0
     data_share: float = 0.0
@@ -135,7 +137,13 @@ def render_report(report: ReportInput) -> str:
         if f"evaluate.{checkpoint}.{benchmark}" in report.folders
     }
     swap = read_document(report.folders, "swap", "proof.json", SwapProof)
-    precision = _read_all(report, "to_mcore", "precision.json", list[Precision])
+    # the test stands alone where training reads HF weights straight into its ranks
+    tested = [one for one in ("to_mcore", "precision") if _stages(report, one)] or ["to_mcore"]
+    precision = [
+        found
+        for prefix in tested
+        for found in _read_all(report, prefix, "precision.json", list[Precision])
+    ]
     reloads = _read_all(report, "export", "precision.json", list[Precision])
     return render(
         "page.html.jinja",
@@ -223,6 +231,7 @@ def _training(report: ReportInput, stage: str) -> Training:
         return Training(stage, steps, groups)
     rows = steps.content
     final = rows[-_FINAL_STEPS:]
+    fills = [row.packing_fill for row in rows if row.packing_fill is not None]
     return Training(
         stage,
         steps,
@@ -232,12 +241,21 @@ def _training(report: ReportInput, stage: str) -> Training:
         final_loss=fmean(row.loss for row in final),
         num_final=len(final),
         samples=sum(row.samples for row in rows),
-        dropped=sum(row.dropped for row in rows),
+        dropped=_dropped(rows),
+        fill=fmean(fills) if fills else None,
         tokens=sum(row.tokens for row in rows),
         tokens_per_s=median(row.tokens_per_s for row in rows),
         data_share=sum(row.data_s for row in rows) / (sum(row.step_s for row in rows) or 1.0),
         peak_memory_mb=max(row.peak_memory_mb for row in rows),
     )
+
+
+def _dropped(rows: Sequence[Step]) -> Mapping[str, int]:
+    """Samples that were left out, by cause."""
+    causes: Counter[str] = Counter()
+    for row in rows:
+        causes.update(row.dropped_by_cause)
+    return dict(causes.most_common())
 
 
 def _predictions(

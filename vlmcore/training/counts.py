@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +15,15 @@ from vlmcore.dataloading.samples import PackedRow
 
 def counts_of(
     batch: Sequence[PackedRow], *, group: dist.ProcessGroup | None = None
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Over all data parallel ranks; every rank of a replica knows the whole rows.
 
     Args:
         batch: This rank's micro batches.
         group: The data parallel ranks; None: all ranks.
+
+    Returns:
+        Numbers by name; where samples were dropped, also `dropped_by_cause`.
     """
     counts = torch.tensor(
         [
@@ -32,7 +37,19 @@ def counts_of(
     )
     dist.all_reduce(counts, group=group)
     names = ("loss_tokens", "tokens", "samples", "dropped", "attended_pairs")
-    return dict(zip(names, counts.tolist(), strict=True))
+    found: dict[str, Any] = dict(zip(names, counts.tolist(), strict=True))
+    if found["dropped"]:
+        found["dropped_by_cause"] = _dropped_by_cause(batch, group)
+    return found
+
+
+def _dropped_by_cause(
+    batch: Sequence[PackedRow], group: dist.ProcessGroup | None
+) -> dict[str, int]:
+    here = sum((Counter(row.dropped) for row in batch), Counter())
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, here, group=group)
+    return dict(sum(everywhere, Counter()).most_common())
 
 
 def num_real(row: PackedRow) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,26 @@ def require_trainable(table: Mapping[str, Mapping[str, int]], stage: TrainStage)
             f"train.{stage.name}: nothing is trainable: the model has {', '.join(sorted(table))}, "
             f"all frozen; set one of freeze_vit, freeze_aligner, freeze_llm to false"
         )
+
+
+def require_match(names: Sequence[str], stage: TrainStage) -> None:
+    """Refuses a `trainable_parameters_regex` that changes nothing because of a slip.
+
+    Args:
+        names: Of all parameters of the model, as the engine has them.
+        stage: Holds the pattern.
+
+    Raises:
+        TrainError: It matches no name.
+    """
+    pattern = stage.trainable_parameters_regex
+    if any(re.search(pattern, name) for name in names):
+        return
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.2) or names[:3]
+    raise TrainError(
+        f"train.{stage.name}: trainable_parameters_regex {pattern!r} matches no parameter; engine "
+        f"{stage.engine} calls them such as {', '.join(close)}"
+    )
 
 
 def adapter_config(stage: TrainStage, hf_dir: Path) -> LoraConfig:

@@ -23,7 +23,12 @@ from vlmcore.families import Family, FreezeGroup
 from vlmcore.families.shell import VISION_PREFIX
 from vlmcore.models.build import sharded_state_dict
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training.freeze_groups import GROUPS, frozen_groups
+from vlmcore.training.freeze_groups import (
+    GROUPS,
+    frozen_groups,
+    require_match,
+    require_trainable,
+)
 
 
 def freeze_group(parameter: str, family: Family) -> FreezeGroup:
@@ -40,6 +45,20 @@ def apply_freezes(model: nn.Module, family: Family, stage: TrainStage) -> None:
     for name, local_name, parameter in named_globally(model):
         picked = bool(pattern) and re.search(pattern, name) is not None
         parameter.requires_grad_(picked or not frozen[freeze_group(local_name, family)])
+
+
+def require_training(chunks: Sequence[MegatronModule], family: Family, stage: TrainStage) -> None:
+    """Refuses freezes that leave nothing, and a regex that matches nothing; call on every rank.
+
+    Raises:
+        TrainError: Says which.
+    """
+    if stage.trainable_parameters_regex:
+        here = [name for chunk in chunks for name, _, _ in named_globally(chunk)]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, here)
+        require_match(sorted(set().union(*everywhere)), stage)
+    require_trainable(trainable_table(chunks, family), stage)
 
 
 def named_globally(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -108,7 +108,8 @@ def _run_steps(
         if is_bad:
             _stop_on_bad_loss(job, batch, outcome)
         last = step == stage.train_iters
-        if leads and (last or step % stage.log_interval == 0 or step == start + 1):
+        told = last or step % stage.log_interval == 0 or step == start + 1
+        if leads and (told or "eval_loss" in outcome):
             report_progress(total=stage.train_iters, **outcome)
         checkpoints.publish(wait=last)
         if not last and step % stage.save_interval == 0:

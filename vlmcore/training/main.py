@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--job", type=Path, required=True, help="JSON of a TrainJob")
     job = TrainJob.model_validate_json(parser.parse_args().job.read_text())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("vlmcore.dataloading").setLevel(logging.INFO)  # which samples are dropped
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*")
     warnings.filterwarnings("ignore", category=FutureWarning)
     # transformers' generation (5.19) imports it where it is, and with it scipy and pandas
@@ -30,7 +31,7 @@ def main() -> None:
     try:
         _run(job)
     except VlmflowError as error:
-        report_error(str(error))
+        report_error(sentence(error))
         sys.exit(2)
 
 
@@ -55,6 +56,12 @@ def _run(job: TrainJob) -> None:
         from vlmcore.training.loop import train
 
         train(job)
+
+
+def sentence(error: VlmflowError) -> str:
+    """What an error says; torch puts the traceback of a loader's process before it."""
+    kind = type(error)
+    return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ from vlmcore.models.vision_language import VisionLanguageModel
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training import torch_dist_state
 from vlmcore.training.engine import Saving
-from vlmcore.training.freeze_groups import require_trainable
-from vlmcore.training.freezing import apply_freezes, trainable_table
+from vlmcore.training.freezing import apply_freezes, require_training, trainable_table
 from vlmcore.training.job import ADAPTER, TrainJob
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.training.router_losses import RouterLosses
@@ -171,7 +170,7 @@ def prepare(
     if plan is None:  # before anything is loaded
         for module in modules:
             apply_freezes(module, family, stage)
-        require_trainable(trainable_table(modules, family), stage)
+        require_training(modules, family, stage)
     for module in modules:
         module.to(megatron_cpu.device())
         if stage.vit_gradient_checkpointing and getattr(module, "vision_model", None) is not None:

@@ -5,7 +5,7 @@ other machine runs, on the same files,
 
     NODE_RANK=1 MASTER_ADDR=HOST python -m vlmcore.training.nodes JOB
 
-with the JOB file that the first one names in its log.
+with the JOB file that the first one names.
 """
 
 from __future__ import annotations

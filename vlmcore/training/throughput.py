@@ -32,7 +32,7 @@ class Throughput:
     stage: TrainStage
 
     def __call__(self, counts: Mapping[str, Any], *, step_s: float) -> dict[str, float]:
-        """Speed and memory of a step.
+        """Speed and memory of a step, and how full its packed rows are.
 
         Args:
             counts: Its tokens, trained tokens, pairs of tokens that attend, and samples, over all
@@ -47,6 +47,9 @@ class Throughput:
             "tflops_per_rank": tflops / dist.get_world_size(),
             "peak_memory_mb": peak_memory_mb(),
         }
+        if self.stage.packing:
+            room = self.stage.global_batch_size * self.stage.max_length
+            figures["packing_fill"] = counts["tokens"] / room
         if (peak := peak_tflops()) is not None and self.stage.torch_dtype != "float32":
             figures["mfu"] = figures["tflops_per_rank"] / peak
         return figures

@@ -21,6 +21,7 @@ from vlmcore.training.freeze_groups import (
     adapter_config,
     frozen_groups,
     hollow_model,
+    require_match,
     require_trainable,
 )
 from vlmcore.training.job import ADAPTER, TrainJob
@@ -167,6 +168,8 @@ def _refuse_before_loading(stage: TrainStage, hf_dir: Path, family: Family) -> L
     if stage.tuner_type == "full":
         hollow = hollow_model(hf_dir, family)
         apply_freezes(hollow, family, stage)
+        if stage.trainable_parameters_regex:
+            require_match([name for name, _ in hollow.named_parameters()], stage)
         require_trainable(trainable_table(hollow, family), stage)
         return None
     if stage.tuner_type == "qlora":
