@@ -97,14 +97,22 @@ def test_an_adapter_stands_beside_the_model_that_has_it_merged(
 def test_a_loss_that_is_not_finite_stops_the_job_and_keeps_the_batch(
     run: Run, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainError, match=r"train\.step: step 2: loss nan.*rank0\.pt"):
+    with pytest.raises(TrainError, match=r"train\.step: step 2: loss nan.*rank0\.pt") as stopped:
         run(
             tmp_path, learning_rate=1e30, min_lr=1e30, clip_grad=0.0, nproc_per_node=1,
             global_batch_size=1,
         )  # fmt: skip
     (row,) = torch.load(tmp_path / "scratch" / "bad_batch_rank0.pt", weights_only=False)
     assert 0 < len(row["input_ids"]) == len(row["labels"])
+    assert len(row["keys"]) > 1  # packed
+    assert f"{len(row['keys'])} samples" in str(stopped.value)
+    assert row["keys"][1] in str(stopped.value)
     assert not (tmp_path / "output").exists()
+
+
+def test_a_loss_of_routers_on_a_model_without_experts_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"moe_z_loss_coeff: a loss of routers, .* no experts"):
+        run(tmp_path, moe_z_loss_coeff=0.1, nproc_per_node=1, global_batch_size=1)
 
 
 def test_a_megatron_folder_is_refused_with_the_remedy(

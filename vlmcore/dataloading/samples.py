@@ -58,13 +58,18 @@ class PackedRow(Sample):
     position_ids: Tensor  # [3, T]
     cu_seqlens: Tensor  # [n + 1], int32
     vision: dict[str, Tensor]  # the processor's outputs for all media in turn; empty: text alone
-    num_samples: int
+    keys: tuple[str, ...]  # of its samples
     dropped: dict[str, int]  # samples left out since the row before, by cause
 
     def __reduce__(self) -> tuple[Any, ...]:
         """How a row comes from a loader's process: what is small, as bytes."""
         values = {one.name: _packed(getattr(self, one.name)) for one in fields(self)}
         return _row_of, (values,)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the row."""
+        return len(self.keys)
 
     @property
     def num_dropped(self) -> int:
@@ -135,6 +140,6 @@ def pack_row(
             name: values[0] if len(values) == 1 else torch.cat(values)
             for name, values in tensors.items()
         },
-        num_samples=len(samples),
+        keys=tuple(sample.__key__ for sample in samples),
         dropped=dict(dropped),
     )

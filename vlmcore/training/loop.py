@@ -6,8 +6,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from itertools import islice
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ def train(job: TrainJob) -> None:
 
 def _prepare(job: TrainJob, idle_inputs: Mapping[str, Tensor]) -> Engine:
     """The stage's model on this rank; an engine's libraries are imported where it is asked for."""
+    _require_routers(job)
     if job.stage.engine == "megatron":
         from vlmcore.training.model import prepare
 
@@ -70,6 +72,16 @@ def _prepare(job: TrainJob, idle_inputs: Mapping[str, Tensor]) -> Engine:
     from vlmcore.training.transformers_engine import prepare as prepare_transformers
 
     return prepare_transformers(job.stage, job.model_dir, idle_inputs=idle_inputs)
+
+
+def _require_routers(job: TrainJob) -> None:
+    stage, config = job.stage, read_config(job.hf_dir)
+    asked = [n for n in ("moe_aux_loss_coeff", "moe_z_loss_coeff") if getattr(stage, n)]
+    if asked and family_of(config).language_model(config).moe is None:
+        raise TrainError(
+            f"train.{stage.name}: {' and '.join(asked)}: a loss of routers, but this model has no "
+            f"experts; leave it out"
+        )
 
 
 def _run_steps(
@@ -132,6 +144,12 @@ def _stop_on_bad_loss(job: TrainJob, batch: list[PackedRow], outcome: dict[str, 
     dist.barrier()
     raise TrainError(
         f"train.{job.stage.name}: step {outcome['step']}: loss {outcome['loss']}, gradient norm "
-        f"{outcome['grad_norm']}; the batch is kept as {path}. Lower learning_rate or look for bad "
-        f"samples: {', '.join(row.__key__ for row in batch)}"
+        f"{outcome['grad_norm']}; the batch is kept as {path}, with the keys of its "
+        f"{sum(row.num_samples for row in batch)} samples. Lower learning_rate or look for bad "
+        f"samples among them: {_first(key for row in batch for key in row.keys)}"
     )
+
+
+def _first(keys: Iterable[str], most: int = 8) -> str:
+    named = list(islice(keys, most + 1))
+    return ", ".join(named[:most]) + (" …" if len(named) > most else "")
