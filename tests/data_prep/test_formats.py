@@ -254,6 +254,27 @@ def test_what_was_rejected_is_kept_beside_what_was_chosen(folder, row):
     assert rejected == REJECTED
 
 
+def test_chosen_turns_bring_their_own_images_and_are_read_in_any_format(folder):
+    """As TRL has it, with the picture in a content part; and as LLaMA-Factory has it, sharegpt."""
+    asked = [{"type": "image", "image": "images/b.png"}, {"type": "text", "text": "2 + 2?"}]
+    answers = {name: {"role": "assistant", "content": text} for name, text in
+               (("chosen", "4"), ("rejected", "5"))}  # fmt: skip
+    whole = {name: [{"role": "user", "content": asked}, turn] for name, turn in answers.items()}
+    write_lines(folder, {"prompt": asked[1]["text"], **whole}, {
+        "prompt": None, "conversations": [{"from": "human", "value": "<image>2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"},
+        "images": ["images/b.png"],
+    })  # fmt: skip
+    for name in ("auto", "messages", "sharegpt"):
+        found = stored(folder, name)
+        assert len(found) == 2
+        for _, conversation, media in found:
+            assert said(conversation) == [("user", "<image>2 + 2?"), ("assistant", "4")]
+            rejected = [turn["content"] for turn in conversation["rejected_messages"]]
+            assert rejected == ["<image>2 + 2?", "5"]
+            assert media == {"0.png": png()}
+
+
 def test_images_come_from_a_url_base64_and_an_absolute_path_inside(folder):
     class Pictures(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802

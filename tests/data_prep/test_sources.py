@@ -154,6 +154,7 @@ def test_a_word_behind_a_hubs_source_is_its_subset():
     dataset = Dataset(source="modelscope:AI-ModelScope/LaTeX_OCR:human_handwrite#5000")
     assert dataset.source == "modelscope:AI-ModelScope/LaTeX_OCR"
     assert (dataset.subset, dataset.limit) == ("human_handwrite", 5000)
+    assert Dataset(source="hf:me/numbers:a", subset=None).subset == "a"  # as the command line says
     assert Dataset(source="https://host:8080/a.zip").subset is None
     with pytest.raises(ValueError, match="subset: b, but the source says :a; leave one of them"):
         Dataset(source="hf:me/numbers:a", subset="b")
