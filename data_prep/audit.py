@@ -72,7 +72,7 @@ class Audit:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     undecodable: list[str] = field(default_factory=list)
     duplicates: dict[str, tuple[str, str]] = field(default_factory=dict)
-    num_held_out: int = 0  # images that train was searched for
+    num_held_out: int = 0  # images and videos that train was searched for
     leaks: list[tuple[str, str, str]] = field(default_factory=list)  # train key, where, why
     shown: list[Shown] = field(default_factory=list)
 
@@ -86,7 +86,7 @@ class Audit:
             "undecodable": len(self.undecodable),
             "duplicates": causes["duplicate"],
             "near_duplicates": causes["near_duplicate"],
-            "held_out_images": self.num_held_out,
+            "held_out_media": self.num_held_out,
             "leaks": len({key for key, _, _ in self.leaks}),
             "tokens": sum(self.num_tokens),
             "tokens_are_estimated": self.is_token_estimate,

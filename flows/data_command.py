@@ -212,7 +212,7 @@ def audit(
 
     found = audit_shards(
         dst,
-        against={folder.name: folder for folder in against},
+        against={str(folder): folder for folder in against},
         count_tokens=_token_counter(tokenizer) if tokenizer else None,
         num_workers=workers,
     )

@@ -96,6 +96,17 @@ def test_a_group_is_in_one_split_alone(raw, tmp_path):
     assert json.loads(done.stdout)["samples"] == {"train": 40, "val": 20}
 
 
+def test_every_folder_that_train_must_not_have_seen_is_searched_for(raw, tmp_path):
+    rows = (raw / "rows.jsonl").read_text().splitlines()[:60]
+    for name, few in {"ours": rows, "a/eval": rows[:3], "b/eval": rows[3:7]}.items():
+        (raw / "rows.jsonl").write_text("\n".join(few))
+        call = ["data", "convert", str(raw), str(tmp_path / name), "--workers", "1"]
+        assert run_cli(app, call).exit_code == 0
+    against = [f"--against={tmp_path / name / 'eval'}" for name in "ab"]
+    done = run_cli(app, ["data", "audit", str(tmp_path / "ours"), *against, "--json"])
+    assert json.loads(done.stdout)["held_out_media"] == 7
+
+
 def test_what_was_fetched_is_kept_until_its_shards_are_whole(raw, tmp_path):
     shutil.make_archive(str(tmp_path / "packed"), "zip", raw)
     out, source = tmp_path / "out", f"path:{tmp_path / 'packed.zip'}"
