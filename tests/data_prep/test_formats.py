@@ -85,6 +85,18 @@ def test_openai_content_parts_become_tags_and_their_images_members(folder):
     assert media == {"0.png": png(), "1.jpg": jpeg()}
 
 
+def test_a_sound_in_a_content_part_is_base64_whatever_its_kind(folder):
+    """OpenAI's input_audio, where an MP3 has no beginning that tells base64 from a path."""
+    sound = b"ID3\x04" + bytes(60)
+    part = {"data": base64.b64encode(sound).decode(), "format": "mp3"}
+    parts = [{"type": "input_audio", "input_audio": part}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Silence."}]
+    write_lines(folder, {"messages": turns})
+    ((_, conversation, media),) = stored(folder, "messages")
+    assert said(conversation)[0] == ("user", "<audio>What is it?")
+    assert media == {"a0.mp3": sound}
+
+
 def test_a_part_without_a_source_takes_the_rows_own_image(folder):
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A gradient."}]
