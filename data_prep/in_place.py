@@ -118,16 +118,20 @@ def _fetched(dest: Path, dataset: Dataset, on_progress: Progress) -> Path:
         return raw
     shutil.rmtree(unfinished / "rows", ignore_errors=True)
     (unfinished / "scratch").mkdir(parents=True, exist_ok=True)
-    fetch(
-        dataset.source,
-        unfinished / "rows",
-        options=dataset.options,
-        seed=0,
-        wanted=wanted,
-        pinned=pinned,
-        scratch=unfinished / "scratch",
-        on_progress=on_progress,
-    )
+    try:
+        fetch(
+            dataset.source,
+            unfinished / "rows",
+            options=dataset.options,
+            seed=0,
+            wanted=wanted,
+            pinned=pinned,
+            scratch=unfinished / "scratch",
+            on_progress=on_progress,
+        )
+    except DataError:  # an archive may have been refused: what it has grown to does not stay
+        shutil.rmtree(unfinished / "rows", ignore_errors=True)
+        raise
     (unfinished / "rows").rename(raw)
     shutil.rmtree(unfinished)
     return raw

@@ -340,7 +340,7 @@ def test_limit_and_sample_choose_rows_that_do_not_depend_on_shard_size(folder):
     assert max(keys[0]) <= "train-000150"
 
 
-def test_a_video_is_stored_as_it_came_and_its_frames_have_times(folder, make_video):
+def test_a_video_is_stored_as_it_came(folder, make_video):
     data = make_video(num_frames=30, fps=10)
     (folder / "clip.bin").write_bytes(data)
     turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "Grey."}]

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from PIL import Image
@@ -71,6 +72,15 @@ def test_images_in_an_archive_beside_the_table_are_unpacked(raw, tmp_path):
                              *options])  # fmt: skip
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["images"] == 60
+
+
+def test_nothing_of_a_refused_archive_stays(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("train.jsonl", '{"text": "Hi"}')
+        archive.writestr("../out.png", "x")
+    refused = run_cli(app, ["data", "convert", str(tmp_path / "packed.zip"), str(tmp_path / "out")])
+    assert "leads out" in str(refused.exception)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_rows_that_were_refused_are_read_anew_when_they_have_been_mended(raw, tmp_path):
