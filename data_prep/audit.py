@@ -72,6 +72,7 @@ class Audit:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     undecodable: list[str] = field(default_factory=list)
     duplicates: dict[str, tuple[str, str]] = field(default_factory=dict)
+    num_held_out: int = 0  # images and videos that train was searched for
     leaks: list[tuple[str, str, str]] = field(default_factory=list)  # train key, where, why
     shown: list[Shown] = field(default_factory=list)
 
@@ -85,6 +86,7 @@ class Audit:
             "undecodable": len(self.undecodable),
             "duplicates": causes["duplicate"],
             "near_duplicates": causes["near_duplicate"],
+            "held_out_media": self.num_held_out,
             "leaks": len({key for key, _, _ in self.leaks}),
             "tokens": sum(self.num_tokens),
             "tokens_are_estimated": self.is_token_estimate,
@@ -123,7 +125,7 @@ def audit_shards(
     found.sizes = [size for one in samples for size in one.sizes]
     found.undecodable = [one.facts.key for one in samples if one.num_undecodable]
     found.duplicates = find_duplicates([one.facts for one in samples], near=True)
-    found.leaks = _leaks(samples, against)
+    found.leaks, found.num_held_out = _leaks(samples, against)
     found.shown = _shown(shards_dir, report)
     return found
 
@@ -161,8 +163,8 @@ def _stored(
 
 def _leaks(
     samples: Iterable[StoredSample], against: Mapping[str, Path]
-) -> list[tuple[str, str, str]]:
-    """Train samples whose image is also held out: (key, where it is, how alike)."""
+) -> tuple[list[tuple[str, str, str]], int]:
+    """Train samples whose image is also held out: (key, where it is, how alike); how many are."""
     train, exact, near = [], dict[bytes, str](), NearIndex()
     where: dict[int, str] = {}
     for one in samples:
@@ -184,7 +186,7 @@ def _leaks(
             look = next((one for one in looks if one is not None), None)
             if look is not None:
                 found.append((facts.key, where[look], "looks the same"))
-    return found
+    return found, len(exact)
 
 
 def _remember(

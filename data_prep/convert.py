@@ -11,6 +11,7 @@ from data_prep.samples import RowReader
 from data_prep.shards import REPORT_NAME, ShardReport, write_shards
 from data_prep.splits import Deal, deal
 from data_prep.tables import find_tables
+from vlmcore.errors import DataError
 from vlmcore.recipe.schema import Dataset
 
 
@@ -28,7 +29,8 @@ def convert(
 
     Args:
         dataset: its section of a recipe.
-        work_dir: what a killed call finished is kept there, and removed at the end.
+        work_dir: what a killed call finished is kept there, and removed at the end; also where
+            the rows were refused, so that those that have been mended are read anew.
         tables: split → files of rows; None: those that `dataset` means.
         run: a `map` over other machines, instead of processes of this one.
 
@@ -43,18 +45,22 @@ def convert(
     }
 
     def write(where: Path) -> ShardReport:
-        return write_shards(
-            raw_dir,
-            where,
-            max_bad_ratio=dataset.max_bad_ratio,
-            reader=row_reader(raw_dir, dataset),
-            tables=tables or find_tables(raw_dir, subset=dataset.subset, split=dataset.split),
-            pick=Pick(dataset.limit, dataset.sample, dataset.sample_seed),
-            work_dir=work_dir / "parts",
-            run=run,
-            on_progress=on_progress,
-            **limits,
-        )
+        try:
+            return write_shards(
+                raw_dir,
+                where,
+                max_bad_ratio=dataset.max_bad_ratio,
+                reader=row_reader(raw_dir, dataset),
+                tables=tables or find_tables(raw_dir, subset=dataset.subset, split=dataset.split),
+                pick=Pick(dataset.limit, dataset.sample, dataset.sample_seed),
+                work_dir=work_dir / "parts",
+                run=run,
+                on_progress=on_progress,
+                **limits,
+            )
+        except DataError:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            raise
 
     if how.split is None and how.duplicates == "keep":
         report = write(dest)

@@ -4,12 +4,14 @@ Beside the shards lies, until they are whole, what the next call takes up if thi
 
     .raw-KEY     what was fetched
     .work-KEY    the finished parts of a conversion
+    .parts-…     a folder for parts that nobody goes on with: nothing is in it
     .dealt       shards dealt anew, on their way to the place of the old
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep import SPLITS
@@ -18,6 +20,7 @@ from data_prep.energon import prepare
 from data_prep.progress import Progress
 from data_prep.shards import REPORT_NAME, ShardReport, read_report
 from data_prep.sources import Wanted, fetch, fingerprint
+from data_prep.sources.archives import is_archive
 from data_prep.splits import deal
 from data_prep.tables import KINDS, find_tables
 from vlmcore.errors import DataError
@@ -45,7 +48,8 @@ def require_room(dest: Path) -> None:
 def find_or_fetch(dest: Path, dataset: Dataset, *, on_progress: Progress) -> tuple[Path, Tables]:
     """The folder that media are looked for in, and the tables by split.
 
-    Folders and tables of this machine are read where they are; everything else is fetched first.
+    Folders and tables of this machine are read where they are; everything else is fetched first,
+    and so is a folder that holds an archive: its images may be in it.
 
     Raises:
         DataError: nothing is there, or no table of rows.
@@ -54,9 +58,10 @@ def find_or_fetch(dest: Path, dataset: Dataset, *, on_progress: Progress) -> tup
     src = Path(location).expanduser()
     if scheme == "path" and not src.exists():
         raise DataError(f"{src}: nothing is there. Check the path.")
-    if scheme == "path" and src.is_file() and src.name.endswith(KINDS):
+    is_here = scheme == "path" and not any(map(is_archive, _files(src)))
+    if is_here and src.is_file() and src.name.endswith(KINDS):
         return src.parent, {"train": [src]}
-    is_here = scheme == "path" and any(one.name.endswith(KINDS) for one in src.rglob("*"))
+    is_here = is_here and any(one.name.endswith(KINDS) for one in _files(src))
     root = src if is_here else _fetched(dest, dataset, on_progress)
     return root, find_tables(root, subset=dataset.subset, split=dataset.split)
 
@@ -77,8 +82,9 @@ def convert_in_place(
         tables=tables,
         on_progress=on_progress,
     )
-    for stale in [*dest.glob(".raw-*"), *dest.glob(".work-*")]:
-        shutil.rmtree(stale)
+    for kept in (".raw-*", ".work-*", ".parts-*"):
+        for stale in dest.glob(kept):
+            shutil.rmtree(stale)
     return report
 
 
@@ -98,6 +104,10 @@ def prepare_in_place(dest: Path, dataset: Dataset) -> ShardReport:
     return read_report(dest)
 
 
+def _files(src: Path) -> Iterator[Path]:
+    return src.rglob("*") if src.is_dir() else iter([src])
+
+
 def _fetched(dest: Path, dataset: Dataset, on_progress: Progress) -> Path:
     """The raw dataset beside the shards to come; a killed download is gone on with."""
     wanted = Wanted.of(dataset)
@@ -108,16 +118,20 @@ def _fetched(dest: Path, dataset: Dataset, on_progress: Progress) -> Path:
         return raw
     shutil.rmtree(unfinished / "rows", ignore_errors=True)
     (unfinished / "scratch").mkdir(parents=True, exist_ok=True)
-    fetch(
-        dataset.source,
-        unfinished / "rows",
-        options=dataset.options,
-        seed=0,
-        wanted=wanted,
-        pinned=pinned,
-        scratch=unfinished / "scratch",
-        on_progress=on_progress,
-    )
+    try:
+        fetch(
+            dataset.source,
+            unfinished / "rows",
+            options=dataset.options,
+            seed=0,
+            wanted=wanted,
+            pinned=pinned,
+            scratch=unfinished / "scratch",
+            on_progress=on_progress,
+        )
+    except DataError:  # an archive may have been refused: what it has grown to does not stay
+        shutil.rmtree(unfinished / "rows", ignore_errors=True)
+        raise
     (unfinished / "rows").rename(raw)
     shutil.rmtree(unfinished)
     return raw

@@ -26,6 +26,7 @@ from data_prep.tars import read_tar_samples
 from vlmcore.errors import DataError
 
 JSON_CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"  # as some editors begin a file
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 VIDEO_MEMBERS = ("mp4", "mov", "webm", "mkv", "avi")
 
@@ -72,7 +73,7 @@ def row_ranges(table: Path, *, key_prefix: str, max_rows: int) -> Iterator[RowRa
         DataError: a table that is no JSONL does not open or is not whole.
     """
     first = 1
-    for offset, num_rows in _CUTTERS[table.suffix](table, max_rows):
+    for offset, num_rows in _CUTTERS[_kind(table)](table, max_rows):
         yield RowRange(table, key_prefix, offset, first, num_rows)
         first += num_rows
 
@@ -129,10 +130,19 @@ def read_rows(rows: RowRange) -> Iterator[tuple[int, Row]]:
 
     Blank lines of a JSONL file are no rows.
     """
-    suffix = rows.table.suffix
-    if suffix in _COLUMNS:
-        return enumerate(_COLUMNS[suffix](rows.table, rows.offset, rows.num_rows), rows.first)
-    return _READERS[suffix](rows)
+    kind = _kind(rows.table)
+    if kind in _COLUMNS:
+        return enumerate(_COLUMNS[kind](rows.table, rows.offset, rows.num_rows), rows.first)
+    return _READERS[kind](rows)
+
+
+def _kind(table: Path) -> str:
+    """The suffix; hubs hold many a `.json` with an object a line, which is a `.jsonl`."""
+    if table.suffix == ".json":
+        with table.open("rb") as file:
+            if file.read(64).removeprefix(BOM).lstrip()[:1] == b"{":
+                return ".jsonl"
+    return table.suffix
 
 
 def _cut_lines(table: Path, max_rows: int) -> Iterator[tuple[int, int]]:
@@ -223,7 +233,7 @@ def _items(table: Path, start: int | None) -> Iterator[tuple[int, object]]:
 
 
 def _after_bracket(table: Path, head: bytes) -> int:
-    body = head.removeprefix(b"\xef\xbb\xbf")
+    body = head.removeprefix(BOM)
     stripped = body.lstrip()
     if not stripped.startswith(b"["):
         raise DataError(f"{table} is no JSON list of rows. Expected it to begin with `[`.")

@@ -6,7 +6,12 @@ from data_prep.causes import BadRowError
 from vlmcore.dataloading.video import probe_video
 from vlmcore.errors import DataError
 
-AUDIO_SIGNATURES = {b"ID3": "mp3", b"\xff\xfb": "mp3", b"fLaC": "flac", b"OggS": "ogg"}
+AUDIO_SIGNATURES = {
+    b"fLaC": "flac", b"OggS": "ogg", b"ID3": "mp3",
+    # a frame of layer III without tags before it: MPEG 1, 2, 2.5, each with and without checksum
+    b"\xff\xfb": "mp3", b"\xff\xfa": "mp3", b"\xff\xf3": "mp3", b"\xff\xf2": "mp3",
+    b"\xff\xe3": "mp3", b"\xff\xe2": "mp3",
+}  # fmt: skip
 
 
 def check_video(data: bytes) -> str:

@@ -77,6 +77,10 @@ def convert(
     media_dir: Annotated[
         str, typer.Option(help="Folder in SRC that image paths are relative to.")
     ] = "",
+    group_column: Annotated[
+        str | None,
+        typer.Option(help="Column whose value `data prepare --split-by group` keeps together."),
+    ] = None,
     duplicates: Annotated[
         str, typer.Option(help="keep; or leave out repeats: exact, perceptual.")
     ] = "keep",
@@ -103,6 +107,7 @@ def convert(
         columns=dict(_pair(text) for text in column),
         prompt=prompt,
         media_dir=media_dir,
+        group_column=group_column,
         duplicates=duplicates,
         max_bad_ratio=max_bad_ratio,
         num_workers=workers,
@@ -126,6 +131,7 @@ def convert(
                 "rows": report.num_rows,
                 "images": report.num_images,
                 "videos": report.num_videos,
+                "audios": report.num_audios,
             }
         )
         return
@@ -176,7 +182,7 @@ def prepare(
         _print_json({"samples": report.samples, "shards": report.shards, "path": str(dst)})
         return
     for name, number in report.samples.items():
-        typer.echo(f"{name}: {number:,} samples in {len(report.shards[name])} shards")
+        typer.echo(f"{name}: {number:,} samples, shards: {len(report.shards[name])}")
     typer.echo(f"energon dataset: {dst}")
 
 
@@ -206,7 +212,7 @@ def audit(
 
     found = audit_shards(
         dst,
-        against={folder.name: folder for folder in against},
+        against={str(folder): folder for folder in against},
         count_tokens=_token_counter(tokenizer) if tokenizer else None,
         num_workers=workers,
     )
@@ -232,16 +238,18 @@ def _dataset(**values: Any) -> Any:
     from pydantic import ValidationError
 
     from vlmcore.recipe.schema import Dataset
+    from vlmcore.recipe.section import CrossFieldError
 
     try:
         return Dataset(**values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"--{str(fault['loc'][0]).replace('_', '-') if fault['loc'] else 'split'}: "
-            f"{fault['msg']}"
-            for fault in error.errors()
-        )
-        raise DataError(faults) from error
+        faults: list[tuple[Any, str]] = []
+        for fault in error.errors():
+            why = fault.get("ctx", {}).get("error")
+            together = isinstance(why, CrossFieldError)
+            faults += why.faults if together else [(fault["loc"], fault["msg"])]
+        told = (f"--{str(path[0]).replace('_', '-')}: {text}" for path, text in faults)
+        raise DataError("; ".join(told)) from error
 
 
 def _pair(text: str) -> tuple[str, str]:

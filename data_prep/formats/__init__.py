@@ -51,8 +51,9 @@ class RowFormat:
         Raises:
             BadRowError: `bad_row`, `bad_content`: fields are missing or of another type.
         """
-        row = preference.with_chosen(self._renamed(row))
-        conversation = FORMATS[self.name](row)
+        row = self._renamed(row)
+        chosen = preference.chosen_row(row)
+        conversation = FORMATS[self.name](row) if chosen is None else messages.parse(chosen)
         rejected = preference.rejected_messages(row, conversation.messages)
         return replace(conversation, rejected=rejected) if rejected else conversation
 

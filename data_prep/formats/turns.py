@@ -109,9 +109,9 @@ def _part(part: object, media: dict[str, list[Media]]) -> str:
 
 def _medium(value: object, plural: str) -> Media:
     if isinstance(value, dict):
-        value = next(
-            (value[name] for name in ("bytes", "data", "path", "url") if value.get(name)), None
-        )
+        if isinstance(value.get("data"), str):  # OpenAI's input_audio: base64 of any kind of file
+            return f"data:;base64,{value['data']}"
+        value = next((value[name] for name in ("bytes", "path", "url") if value.get(name)), None)
     if isinstance(value, str | bytes):
         return value
     raise BadRowError("bad_row", f"{plural}: {type(value).__name__} is no path, URL or bytes")

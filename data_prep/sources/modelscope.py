@@ -7,6 +7,7 @@ for, so the listing itself, which holds every file's sha256, is what is pinned.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,7 @@ def _check_reachable() -> None:
 def _api():  # noqa: ANN202 - modelscope_hub's HubApi, loaded when it is needed
     from modelscope_hub import HubApi, HubConfig
 
+    logging.getLogger("modelscope_hub").setLevel(logging.WARNING)  # it tells each page it lists
     return HubApi(HubConfig())  # not the process's default one: the environment counts
 
 

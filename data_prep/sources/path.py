@@ -4,6 +4,8 @@ Files are copied: a later edit of the user's own file must not reach into a fini
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,7 +19,7 @@ from data_prep.sources.wanted import Wanted
 from vlmcore.errors import DataError
 
 ROWS_AT_ONCE = 10_000
-_NAMING = ("image", "images", "video", "videos")  # the columns whose texts are names of files
+_NAME = re.compile(r"[^\n]{1,250}\.\w{1,5}")  # what is looked for as a file
 
 
 def collect(
@@ -56,19 +58,14 @@ def _files(location: str, wanted: Wanted) -> dict[str, Path]:
         for name in sorted(found)
         if not wanted.include or any(fnmatchcase(name, one) for one in wanted.include)
     )
-    return {name: found[name] for name in names if found[name].is_file()}
+    # os.path: a name too long for the filesystem is no file, where Path raises
+    return {name: found[name] for name in names if os.path.isfile(found[name])}  # noqa: PTH113
 
 
 def _named_files(table: Path) -> set[str]:
-    """Every file that a row names. Rows that do not parse are left to whoever counts bad rows."""
-    return {
-        name
-        for row in _rows(table)
-        if isinstance(row, dict)
-        for column in _NAMING
-        for name in _listed(row.get(column))
-        if isinstance(name, str) and is_inside(name)
-    }
+    """Every text of a row that may name a file. Rows that do not parse are counted elsewhere."""
+    texts = (text for row in _rows(table) for text in _texts(row))
+    return {text for text in texts if _NAME.fullmatch(text) and is_inside(text)}
 
 
 def _rows(table: Path) -> Iterator[object]:
@@ -81,5 +78,10 @@ def _rows(table: Path) -> Iterator[object]:
                 yield from (row for _, row in read_rows(rows))
 
 
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [value]
+def _texts(value: object) -> Iterator[str]:
+    """Texts wherever they stand: a recipe may rename columns, and content parts hold media."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)

@@ -45,8 +45,8 @@ def test_the_audit_counts_drops_duplicates_and_leaks(raw, tmp_path):
     found = audit_shards(tmp_path / "shards")
     assert found.figures() | {"tokens": 0, "longest_sample_tokens": 0} == {
         "samples": {"train": 21, "val": 2}, "images": 23, "dropped": {"bad_json": 2},
-        "undecodable": 0, "duplicates": 1, "near_duplicates": 0, "leaks": 3, "tokens": 0,
-        "tokens_are_estimated": True, "longest_sample_tokens": 0,
+        "undecodable": 0, "duplicates": 1, "near_duplicates": 0, "leaks": 3, "held_out_media": 2,
+        "tokens": 0, "tokens_are_estimated": True, "longest_sample_tokens": 0,
     }  # fmt: skip
     assert found.duplicates == {"train-000021": ("duplicate", "train-000004")}
     assert found.leaks == [
@@ -76,6 +76,15 @@ def test_a_holdout_is_looked_for_in_train(raw, tmp_path):
     write_holdout(raw, tmp_path / "asked")
     found = audit_shards(tmp_path / "shards", against={"asked": tmp_path / "asked"})
     assert ("train-000012", "asked/test-000001", "the same bytes") in found.leaks
+
+
+def test_the_page_says_where_nothing_is_held_out(raw, tmp_path):
+    (raw / "val.jsonl").unlink()
+    write_shards(raw, tmp_path / "shards", max_bad_ratio=0.5, num_workers=1)
+    found = describe(audit_shards(tmp_path / "shards"))
+    assert (found["figures"]["held_out_media"], found["figures"]["leaks"]) == (0, 0)
+    write_page(found, tmp_path / "audit.html", title="pictures")
+    assert "there was nothing to look for" in (tmp_path / "audit.html").read_text()
 
 
 def test_the_page_stands_alone_and_escapes_what_rows_say(raw, tmp_path):

@@ -61,6 +61,15 @@ def test_any_range_gives_the_rows_as_they_were_written(name, write, max_rows, tm
     assert in_ranges(tmp_path / name, max_rows) == list(enumerate(ROWS, 1))
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_json_file_with_a_row_a_line_is_read_by_lines(mark, tmp_path):
+    lines = [json.dumps(row) for row in ROWS]
+    (tmp_path / "t.json").write_bytes(mark + "\n".join([*lines, "{"]).encode())
+    *found, (number, fault) = in_ranges(tmp_path / "t.json", 4)
+    assert found == list(enumerate(ROWS, 1))
+    assert (number, fault.cause) == (len(ROWS) + 1, "bad_json")
+
+
 def test_a_mark_of_utf_8_is_no_part_of_the_first_column(tmp_path):
     write_csv(tmp_path / "t.csv", bom=True)
     assert in_ranges(tmp_path / "t.csv", 4) == list(enumerate(ROWS, 1))

@@ -85,6 +85,18 @@ def test_openai_content_parts_become_tags_and_their_images_members(folder):
     assert media == {"0.png": png(), "1.jpg": jpeg()}
 
 
+def test_a_sound_in_a_content_part_is_base64_whatever_its_kind(folder):
+    """OpenAI's input_audio, where an MP3 has no beginning that tells base64 from a path."""
+    sound = b"\xff\xf3\x48\xc4" + bytes(60)  # MPEG 2, as speech often is
+    part = {"data": base64.b64encode(sound).decode(), "format": "mp3"}
+    parts = [{"type": "input_audio", "input_audio": part}, {"type": "text", "text": "What is it?"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Silence."}]
+    write_lines(folder, {"messages": turns})
+    ((_, conversation, media),) = stored(folder, "messages")
+    assert said(conversation)[0] == ("user", "<audio>What is it?")
+    assert media == {"a0.mp3": sound}
+
+
 def test_a_part_without_a_source_takes_the_rows_own_image(folder):
     parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A gradient."}]
@@ -254,6 +266,27 @@ def test_what_was_rejected_is_kept_beside_what_was_chosen(folder, row):
     assert rejected == REJECTED
 
 
+def test_chosen_turns_bring_their_own_images_and_are_read_in_any_format(folder):
+    """As TRL has it, with the picture in a content part; and as LLaMA-Factory has it, sharegpt."""
+    asked = [{"type": "image", "image": "images/b.png"}, {"type": "text", "text": "2 + 2?"}]
+    answers = {name: {"role": "assistant", "content": text} for name, text in
+               (("chosen", "4"), ("rejected", "5"))}  # fmt: skip
+    whole = {name: [{"role": "user", "content": asked}, turn] for name, turn in answers.items()}
+    write_lines(folder, {"prompt": asked[1]["text"], **whole}, {
+        "prompt": None, "conversations": [{"from": "human", "value": "<image>2 + 2?"}],
+        "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt", "value": "5"},
+        "images": ["images/b.png"],
+    })  # fmt: skip
+    for name in ("auto", "messages", "sharegpt"):
+        found = stored(folder, name)
+        assert len(found) == 2
+        for _, conversation, media in found:
+            assert said(conversation) == [("user", "<image>2 + 2?"), ("assistant", "4")]
+            rejected = [turn["content"] for turn in conversation["rejected_messages"]]
+            assert rejected == ["<image>2 + 2?", "5"]
+            assert media == {"0.png": png()}
+
+
 def test_images_come_from_a_url_base64_and_an_absolute_path_inside(folder):
     class Pictures(http.server.BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
@@ -307,7 +340,7 @@ def test_limit_and_sample_choose_rows_that_do_not_depend_on_shard_size(folder):
     assert max(keys[0]) <= "train-000150"
 
 
-def test_a_video_is_stored_as_it_came_and_its_frames_have_times(folder, make_video):
+def test_a_video_is_stored_as_it_came(folder, make_video):
     data = make_video(num_frames=30, fps=10)
     (folder / "clip.bin").write_bytes(data)
     turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "Grey."}]

@@ -135,6 +135,19 @@ def test_a_json_table_brings_the_images_that_its_rows_name(make_raw, tmp_path):
     assert found == {"chats.json", "a.png"}
 
 
+def test_files_that_content_parts_and_columns_of_any_name_tell_come_along(make_raw, tmp_path):
+    parts = [{"type": "image", "image": "images/a.png"}, {"type": "text", "text": "gone.png"}]
+    raw = make_raw(
+        train=[{"messages": [{"role": "user", "content": parts}]}, {"picture": "images/b.jpg"},
+               {"audios": ["a.wav"], "images": ["x" * 5000 + ".png", "图" * 200 + ".png"]}],
+    )  # fmt: skip
+    (raw / "a.wav").write_bytes(b"RIFF")
+    (raw / "README").write_text("no row names it")
+    fetch(f"path:{raw / 'train.jsonl'}", tmp_path / "copy", options={}, seed=0)
+    found = {path.name for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    assert found == {"train.jsonl", "a.png", "b.jpg", "a.wav"}
+
+
 def test_include_chooses_among_the_files_of_a_folder(make_raw, row, tmp_path):
     raw = make_raw(train=[row()], test=[row()])
     wanted = Wanted(include=("test.jsonl", "images/*.png"))
@@ -154,6 +167,7 @@ def test_a_word_behind_a_hubs_source_is_its_subset():
     dataset = Dataset(source="modelscope:AI-ModelScope/LaTeX_OCR:human_handwrite#5000")
     assert dataset.source == "modelscope:AI-ModelScope/LaTeX_OCR"
     assert (dataset.subset, dataset.limit) == ("human_handwrite", 5000)
+    assert Dataset(source="hf:me/numbers:a", subset=None).subset == "a"  # as the command line says
     assert Dataset(source="https://host:8080/a.zip").subset is None
     with pytest.raises(ValueError, match="subset: b, but the source says :a; leave one of them"):
         Dataset(source="hf:me/numbers:a", subset="b")

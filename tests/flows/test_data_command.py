@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from PIL import Image
@@ -58,6 +59,64 @@ def test_any_source_of_a_recipe_is_fetched_and_leaves_nothing_behind(raw, tmp_pa
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "train-000000.tar"]
 
 
+def test_images_in_an_archive_beside_the_table_are_unpacked(raw, tmp_path):
+    """LLaVA-Pretrain as its repository has it; and all of it in one plain tar."""
+    folder, options = tmp_path / "llava", ["--workers", "1", "--json", "--max-bad-ratio", "0.1"]
+    folder.mkdir()
+    shutil.copyfile(raw / "rows.jsonl", folder / "rows.jsonl")
+    shutil.make_archive(str(tmp_path / "packed"), "tar", raw)
+    (raw / "rows.jsonl").unlink()
+    shutil.make_archive(str(folder / "images"), "zip", raw)
+    for name in ("llava", "packed.tar"):
+        done = run_cli(app, ["data", "convert", str(tmp_path / name), str(tmp_path / "out" / name),
+                             *options])  # fmt: skip
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["images"] == 60
+
+
+def test_nothing_of_a_refused_archive_stays(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("train.jsonl", '{"text": "Hi"}')
+        archive.writestr("../out.png", "x")
+    refused = run_cli(app, ["data", "convert", str(tmp_path / "packed.zip"), str(tmp_path / "out")])
+    assert "leads out" in str(refused.exception)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_rows_that_were_refused_are_read_anew_when_they_have_been_mended(raw, tmp_path):
+    call = ["data", "convert", str(raw), str(tmp_path / "out"), "--workers", "1", "--json",
+            "--max-bad-ratio", "0.02"]  # fmt: skip
+    (raw / "7.png").rename(tmp_path / "7.png")
+    assert isinstance(run_cli(app, call).exception, DataError)
+    (tmp_path / "7.png").rename(raw / "7.png")
+    done = run_cli(app, call)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["dropped"] == {"bad_json": 1}
+
+
+def test_a_group_is_in_one_split_alone(raw, tmp_path):
+    rows = [json.loads(line) for line in (raw / "rows.jsonl").read_text().splitlines()[:60]]
+    lines = [json.dumps({**row, "patient": f"p{i // 10}"}) for i, row in enumerate(rows)]
+    (raw / "rows.jsonl").write_text("\n".join(lines))
+    out = str(tmp_path / "out")
+    told = ["--group-column", "patient", "--workers", "1"]
+    assert run_cli(app, ["data", "convert", str(raw), out, *told]).exit_code == 0
+    told = ["--split", "4,2,0", "--split-by", "group", "--json"]
+    done = run_cli(app, ["data", "prepare", out, *told])
+    assert json.loads(done.stdout)["samples"] == {"train": 40, "val": 20}
+
+
+def test_every_folder_that_train_must_not_have_seen_is_searched_for(raw, tmp_path):
+    rows = (raw / "rows.jsonl").read_text().splitlines()[:60]
+    for name, few in {"ours": rows, "a/eval": rows[:3], "b/eval": rows[3:7]}.items():
+        (raw / "rows.jsonl").write_text("\n".join(few))
+        call = ["data", "convert", str(raw), str(tmp_path / name), "--workers", "1"]
+        assert run_cli(app, call).exit_code == 0
+    against = [f"--against={tmp_path / name / 'eval'}" for name in "ab"]
+    done = run_cli(app, ["data", "audit", str(tmp_path / "ours"), *against, "--json"])
+    assert json.loads(done.stdout)["held_out_media"] == 7
+
+
 def test_what_was_fetched_is_kept_until_its_shards_are_whole(raw, tmp_path):
     shutil.make_archive(str(tmp_path / "packed"), "zip", raw)
     out, source = tmp_path / "out", f"path:{tmp_path / 'packed.zip'}"
@@ -76,6 +135,7 @@ BAD_CALLS = {
     "no table": (["convert", "raw/0.png", "out"], "no table of rows there"),
     "an unknown format": (["convert", "raw/rows.jsonl", "out", "--format", "csv"], "--format:"),
     "a bad column": (["convert", "raw/rows.jsonl", "out", "--column", "x"], "is not THEIRS=OURS"),
+    "a limit of 0": (["convert", "raw/rows.jsonl#0", "out"], "--limit:"),
     "a ratio above 1": (["convert", "raw/rows.jsonl", "out", "--max-bad-ratio", "2"], "ratio:"),
     "too many bad rows": (["convert", "raw/rows.jsonl", "out", "--max-bad-ratio", "0"],
                           "1 x bad_json, as rows.jsonl:61"),

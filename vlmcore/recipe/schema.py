@@ -167,7 +167,7 @@ class Dataset(Section):
         for field, pattern in _BEHIND_SOURCE.items():
             if found := pattern.fullmatch(value["source"]):
                 told = int(found["value"]) if field == "limit" else found["value"]
-                if value.get(field, told) != told:
+                if value.get(field) not in (None, told):
                     behind = value["source"].removeprefix(found["source"]).strip()
                     text = f"{value[field]}, but the source says {behind}; leave one of them out"
                     raise CrossFieldError([((field,), text)])
