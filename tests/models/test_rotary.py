@@ -1,4 +1,4 @@
-import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -13,21 +13,22 @@ def waves(num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "exaone4_5"])
-def test_a_towers_queries_and_keys_turn_as_in_transformers(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    theirs = module.apply_rotary_pos_emb_vision
-    monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", theirs)  # put back afterwards
-    part = type("Part", (nn.Module,), {"__module__": module.__name__})()
-    turn_by_hand(part)
-    assert module.apply_rotary_pos_emb_vision is not theirs
+def test_a_towers_queries_and_keys_turn_as_in_transformers(family: str) -> None:
+    name = f"transformers.models.{family}.modeling_{family}"
+    changed = importlib.import_module(name)
+    turn_by_hand(type("Part", (nn.Module,), {"__module__": name})())
+    spec = importlib.util.find_spec(name)
+    unchanged = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unchanged)
+    theirs = unchanged.apply_rotary_pos_emb_vision
+    assert changed.apply_rotary_pos_emb_vision.__module__ == turn_by_hand.__module__
+    assert theirs.__module__ == name
     torch.manual_seed(0)
     inputs = [torch.randn(7, 3, 8, requires_grad=True) for _ in "qk"]
     probe = torch.randn(7, 3, 8)
     cos_sin = waves(7, 8)
     results = []
-    for function in (module.apply_rotary_pos_emb_vision, theirs):
+    for function in (changed.apply_rotary_pos_emb_vision, theirs):
         query, key = function(*inputs, *cos_sin)
         grads = torch.autograd.grad(((query + 2 * key) * probe).sum(), inputs)
         results.append((query, key, *grads))
