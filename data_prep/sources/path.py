@@ -18,6 +18,7 @@ from data_prep.progress import Progress
 from data_prep.rows import read_rows, row_ranges
 from data_prep.sources.archives import COMPRESSED_TABLES, unpack
 from data_prep.sources.wanted import Wanted
+from data_prep.tables import KINDS
 from vlmcore.errors import DataError
 
 ROWS_AT_ONCE = 10_000
@@ -27,7 +28,7 @@ _NAME = re.compile(r"[^\n]{1,250}\.\w{1,5}")  # what is looked for as a file
 def collect(
     location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
 ) -> Mapping[str, Path]:
-    """The files of the folder, those that `include` names; a single JSONL is `train.jsonl`.
+    """The files of the folder, those that `include` names; a table, and what its rows name.
 
     Raises:
         DataError: nothing is there.
@@ -52,7 +53,7 @@ def _files(location: str, wanted: Wanted) -> dict[str, Path]:
         found = {file.relative_to(root).as_posix(): file for file in root.rglob("*")}
     elif root.is_file():
         found = {name: root.parent / name for name in _named_files(root, wanted.media_dir)}
-        found["train.jsonl" if root.suffix == ".jsonl" else root.name] = root
+        found[root.name] = root
     else:
         raise DataError(f"data source 'path:{location}': nothing is there. Check the path.")
     names = (
@@ -65,9 +66,12 @@ def _files(location: str, wanted: Wanted) -> dict[str, Path]:
 
 
 def _named_files(table: Path, media_dir: str) -> set[str]:
-    """Every text of a row that may name a file. Rows that do not parse are counted elsewhere."""
+    """Every text of a row that may name a file, but no other table.
+
+    Rows that do not parse are counted elsewhere.
+    """
     texts = (text for row in _rows(table) for text in _texts(row) if _NAME.fullmatch(text))
-    names = {posixpath.join(media_dir, text) for text in texts}
+    names = {posixpath.join(media_dir, text) for text in texts if not text.endswith(KINDS)}
     return {name for name in names if is_inside(name)}
 
 

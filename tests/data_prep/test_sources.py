@@ -85,7 +85,7 @@ def test_a_jsonl_file_brings_only_the_images_that_its_rows_name(make_raw, row, t
     fetch(f"path:{raw / 'mine.jsonl'}", tmp_path / "fetched", options={}, seed=0)
     files = {file.relative_to(tmp_path / "fetched").as_posix()
              for file in (tmp_path / "fetched").rglob("*") if file.is_file()}  # fmt: skip
-    assert files == {"train.jsonl", "images/a.png"}
+    assert files == {"mine.jsonl", "images/a.png"}
 
 
 def test_the_fingerprint_follows_an_edit_of_any_file(make_raw, row):
@@ -141,9 +141,11 @@ def test_files_that_content_parts_and_columns_of_any_name_tell_come_along(make_r
     parts = [{"type": "image", "image": "images/a.png"}, {"type": "text", "text": "gone.png"}]
     raw = make_raw(
         train=[{"messages": [{"role": "user", "content": parts}]}, {"picture": "images/b.jpg"},
-               {"audios": ["a.wav"], "images": ["x" * 5000 + ".png", "图" * 200 + ".png"]}],
+               {"audios": ["a.wav"], "images": ["x" * 5000 + ".png", "图" * 200 + ".png"]},
+               {"from": "other.jsonl"}],
     )  # fmt: skip
     (raw / "a.wav").write_bytes(b"RIFF")
+    (raw / "other.jsonl").write_text("{}")
     (raw / "README").write_text("no row names it")
     fetch(f"path:{raw / 'train.jsonl'}", tmp_path / "copy", options={}, seed=0)
     found = {path.name for path in (tmp_path / "copy").rglob("*") if path.is_file()}
