@@ -45,6 +45,13 @@ def read_arrow(table: Path, offset: int, num_rows: int) -> Iterator[dict]:
     return _rows_of(_arrow_batches(table), 0, offset, offset + num_rows)
 
 
+def column_texts(table: Path) -> Iterator[str]:
+    """Every text of a parquet or Arrow file, however deep it stands; bytes are not read."""
+    for batch in _text_batches(table) if table.suffix == ".parquet" else _arrow_batches(table):
+        for column in batch.columns:
+            yield from _texts(column)
+
+
 def cut_csv(table: Path, max_rows: int) -> Iterator[tuple[int, int]]:
     """(byte, number of rows) of ranges of at most `max_rows` rows."""
     records = _records(table)
@@ -116,6 +123,29 @@ def _rows_of(batches: Any, position: int, offset: int, end: int) -> Iterator[dic
             number = min(PARQUET_BATCH, begins + stops - start)
             yield from batch.slice(start, number).to_pylist()
         position += batch.num_rows
+
+
+def _text_batches(table: Path) -> Iterator[Any]:
+    """Batches of a parquet file's columns of text alone, also of those inside of others."""
+    file = _open_parquet(table)
+    leaves = map(file.schema.column, range(len(file.schema)))
+    names = [leaf.path for leaf in leaves if leaf.converted_type == "UTF8"]
+    return file.iter_batches(batch_size=PARQUET_BATCH, columns=names)
+
+
+def _texts(column: Any) -> Iterator[str]:
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_string(kind) or types.is_large_string(kind):
+        yield from (text for text in column.to_pylist() if text is not None)
+    elif types.is_dictionary(kind):
+        yield from _texts(column.dictionary)
+    elif types.is_struct(kind):
+        for field in column.flatten():
+            yield from _texts(field)
+    elif types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        yield from _texts(column.flatten())
 
 
 def _arrow_batches(table: Path) -> Iterator[Any]:

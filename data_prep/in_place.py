@@ -59,11 +59,10 @@ def find_or_fetch(dest: Path, dataset: Dataset, *, on_progress: Progress) -> tup
     if scheme == "path" and not src.exists():
         raise DataError(f"{src}: nothing is there. Check the path.")
     is_here = scheme == "path" and not any(map(is_archive, _files(src)))
-    if is_here and src.is_file() and src.name.endswith(KINDS):
-        return src.parent, {"train": [src]}
     is_here = is_here and any(one.name.endswith(KINDS) for one in _files(src))
     root = src if is_here else _fetched(dest, dataset, on_progress)
-    return root, find_tables(root, subset=dataset.subset, split=dataset.split)
+    tables = find_tables(root, subset=dataset.subset, split=dataset.split)
+    return (root.parent if root.is_file() else root), tables
 
 
 def convert_in_place(

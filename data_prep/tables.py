@@ -52,12 +52,12 @@ class _Table:
 
 
 def find_tables(
-    folder: Path, *, subset: str | None = None, split: str | None = None
+    place: Path, *, subset: str | None = None, split: str | None = None
 ) -> dict[str, list[Path]]:
     """Our split (`train`, `val`, `test`, in this order) → its files, in the order of their rows.
 
     Args:
-        folder: A fetched dataset.
+        place: A fetched dataset's folder, or a table that is told by its own name alone.
         subset: The source's name of a subset; None: its default one, or the only one.
         split: The source's name of a split, which is then the only one; it stands under our word
             for it (`validation` under `val`), and under `train` if it has none. None: every split
@@ -67,20 +67,26 @@ def find_tables(
         DataError: There is no table, no such subset or split, or names do not tell which is meant;
             the message lists what there is.
     """
+    folder, names = place, _names(place)
+    if place.is_file():
+        folder, names = place.parent, [place.name]
+    readme = place / README
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    chosen = choose_tables(names, where=str(place), readme=text, subset=subset, split=split)
+    if not chosen:
+        raise DataError(f"{place}: no table of rows there. Expected a file {', '.join(KINDS)}.")
+    return {ours: [folder / name for name in files] for ours, files in chosen.items()}
+
+
+def _names(folder: Path) -> list[str]:
     # texts: making a Path of each of half a million pictures would take longer than reading them
     cut = len(os.path.join(folder, ""))  # noqa: PTH118
-    names = [
+    return [
         os.path.join(where, file)[cut:]  # noqa: PTH118
         for where, _, files in os.walk(folder)
         for file in files
         if file.endswith(KINDS)
     ]
-    readme = folder / README
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    chosen = choose_tables(names, where=str(folder), readme=text, subset=subset, split=split)
-    if not chosen:
-        raise DataError(f"{folder}: no table of rows there. Expected a file {', '.join(KINDS)}.")
-    return {ours: [folder / name for name in files] for ours, files in chosen.items()}
 
 
 def choose_tables(

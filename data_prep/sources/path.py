@@ -5,17 +5,20 @@ Files are copied: a later edit of the user's own file must not reach into a fini
 
 import hashlib
 import os
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from data_prep.column_files import column_texts
 from data_prep.files import is_inside
 from data_prep.progress import Progress
 from data_prep.rows import read_rows, row_ranges
 from data_prep.sources.archives import COMPRESSED_TABLES, unpack
 from data_prep.sources.wanted import Wanted
+from data_prep.tables import KINDS
 from vlmcore.errors import DataError
 
 ROWS_AT_ONCE = 10_000
@@ -25,7 +28,7 @@ _NAME = re.compile(r"[^\n]{1,250}\.\w{1,5}")  # what is looked for as a file
 def collect(
     location: str, scratch: Path, *, wanted: Wanted, pinned: str, on_progress: Progress
 ) -> Mapping[str, Path]:
-    """The files of the folder, those that `include` names; a single JSONL is `train.jsonl`.
+    """The files of the folder, those that `include` names; a table, and what its rows name.
 
     Raises:
         DataError: nothing is there.
@@ -49,8 +52,8 @@ def _files(location: str, wanted: Wanted) -> dict[str, Path]:
     if root.is_dir():
         found = {file.relative_to(root).as_posix(): file for file in root.rglob("*")}
     elif root.is_file():
-        found = {name: root.parent / name for name in _named_files(root)}
-        found["train.jsonl" if root.suffix == ".jsonl" else root.name] = root
+        found = {name: root.parent / name for name in _named_files(root, wanted.media_dir)}
+        found[root.name] = root
     else:
         raise DataError(f"data source 'path:{location}': nothing is there. Check the path.")
     names = (
@@ -62,13 +65,18 @@ def _files(location: str, wanted: Wanted) -> dict[str, Path]:
     return {name: found[name] for name in names if os.path.isfile(found[name])}  # noqa: PTH113
 
 
-def _named_files(table: Path) -> set[str]:
-    """Every text of a row that may name a file. Rows that do not parse are counted elsewhere."""
-    texts = (text for row in _rows(table) for text in _texts(row))
-    return {text for text in texts if _NAME.fullmatch(text) and is_inside(text)}
+def _named_files(table: Path, media_dir: str) -> set[str]:
+    """Every text of a row that may name a file, but no other table.
+
+    Rows that do not parse are counted elsewhere.
+    """
+    texts = (text for row in _rows(table) for text in _texts(row) if _NAME.fullmatch(text))
+    names = {posixpath.join(media_dir, text) for text in texts if not text.endswith(KINDS)}
+    return {name for name in names if is_inside(name)}
 
 
 def _rows(table: Path) -> Iterator[object]:
+    """Rows, or of files that hold bytes beside texts each text by itself."""
     with TemporaryDirectory() as unpacked:
         if table.name.lower().endswith(COMPRESSED_TABLES):
             unpack(table, Path(unpacked))
@@ -76,6 +84,8 @@ def _rows(table: Path) -> Iterator[object]:
         if table.suffix in (".jsonl", ".json", ".csv", ".tsv"):
             for rows in row_ranges(table, key_prefix="", max_rows=ROWS_AT_ONCE):
                 yield from (row for _, row in read_rows(rows))
+        elif table.suffix in (".parquet", ".arrow"):
+            yield from column_texts(table)
 
 
 def _texts(value: object) -> Iterator[str]:

@@ -22,17 +22,24 @@ class UnreachableError(DataError):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which revision of a source, and which part of it; the fields are those of a recipe."""
+    """Which revision of a source, and which part of it; the fields are those of a recipe.
+
+    Attributes:
+        media_dir: where the files are that the rows of a single table name.
+    """
 
     revision: str | None = None
     subset: str | None = None
     split: str | None = None
     include: tuple[str, ...] = ()
+    media_dir: str = ""
 
     @classmethod
     def of(cls, dataset: Dataset) -> Self:
         """What a recipe's dataset wants of its source."""
-        return cls(dataset.revision, dataset.subset, dataset.split, dataset.include)
+        # other sources bring their files whatever the rows say
+        media_dir = dataset.media_dir if dataset.source.startswith("path:") else ""
+        return cls(dataset.revision, dataset.subset, dataset.split, dataset.include, media_dir)
 
     def refuse(self, *fields: str, source: str) -> None:
         """Raise a DataError if a field is set that a source cannot heed."""

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -83,7 +85,7 @@ def test_a_jsonl_file_brings_only_the_images_that_its_rows_name(make_raw, row, t
     fetch(f"path:{raw / 'mine.jsonl'}", tmp_path / "fetched", options={}, seed=0)
     files = {file.relative_to(tmp_path / "fetched").as_posix()
              for file in (tmp_path / "fetched").rglob("*") if file.is_file()}  # fmt: skip
-    assert files == {"train.jsonl", "images/a.png"}
+    assert files == {"mine.jsonl", "images/a.png"}
 
 
 def test_the_fingerprint_follows_an_edit_of_any_file(make_raw, row):
@@ -139,13 +141,39 @@ def test_files_that_content_parts_and_columns_of_any_name_tell_come_along(make_r
     parts = [{"type": "image", "image": "images/a.png"}, {"type": "text", "text": "gone.png"}]
     raw = make_raw(
         train=[{"messages": [{"role": "user", "content": parts}]}, {"picture": "images/b.jpg"},
-               {"audios": ["a.wav"], "images": ["x" * 5000 + ".png", "图" * 200 + ".png"]}],
+               {"audios": ["a.wav"], "images": ["x" * 5000 + ".png", "图" * 200 + ".png"]},
+               {"from": "other.jsonl"}],
     )  # fmt: skip
     (raw / "a.wav").write_bytes(b"RIFF")
+    (raw / "other.jsonl").write_text("{}")
     (raw / "README").write_text("no row names it")
     fetch(f"path:{raw / 'train.jsonl'}", tmp_path / "copy", options={}, seed=0)
     found = {path.name for path in (tmp_path / "copy").rglob("*") if path.is_file()}
     assert found == {"train.jsonl", "a.png", "b.jpg", "a.wav"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "arrow"])
+def test_a_single_table_brings_the_files_of_its_media_dir(kind, make_raw, tmp_path):
+    raw = make_raw()
+    row = {"image": "a.png", "more": [{"of": ["b.jpg", None]}], "data": b"\xff.png"}
+    table, columns = raw / f"mine.{kind}", pa.Table.from_pylist([row, {**row, "more": None}])
+    if kind == "parquet":
+        pq.write_table(columns, table)
+    elif kind == "arrow":
+        with pa.OSFile(str(table), "wb") as sink, pa.ipc.new_stream(sink, columns.schema) as writer:
+            writer.write_table(columns)
+    elif kind == "csv":
+        table.write_text("image,more\na.png,b.jpg\n")
+    else:
+        table.write_text(json.dumps({"image": "a.png", "more": "b.jpg"}))
+    dataset = Dataset(source=f"path:{table}", media_dir="images/")
+    fetch(dataset.source, tmp_path / "got", options={}, seed=0, wanted=Wanted.of(dataset))
+    found = {path.name for path in (tmp_path / "got" / "images").iterdir()}
+    assert found == {"a.png", "b.jpg"}
+
+
+def test_what_a_hub_is_asked_for_does_not_depend_on_the_media_dir():
+    assert Wanted.of(Dataset(source="hf:me/numbers", media_dir="images")) == Wanted()
 
 
 def test_include_chooses_among_the_files_of_a_folder(make_raw, row, tmp_path):

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from data_prep.sources import fetch
+from data_prep.tables import find_tables
 from flows.cli import app
 from vlmcore.errors import DataError
 
@@ -57,6 +59,22 @@ def test_any_source_of_a_recipe_is_fetched_and_leaves_nothing_behind(raw, tmp_pa
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["samples"] == 20
     assert sorted(path.name for path in out.iterdir()) == ["report.json", "train-000000.tar"]
+
+
+def test_a_single_table_is_the_split_that_a_recipe_takes_it_for(raw, tmp_path):
+    lines = (raw / "rows.jsonl").read_text().splitlines()[:60]
+    table = raw / "validation.jsonl"
+    table.write_text("\n".join(lines))
+    fetch(f"path:{table}", tmp_path / "fetched", options={}, seed=0)
+    assert list(find_tables(tmp_path / "fetched")) == ["val"]
+    for number, told in enumerate(([], ["--split", "validation"])):
+        call = ["data", "convert", str(table), str(tmp_path / f"out{number}"), "--workers", "1"]
+        done = run_cli(app, [*call, *told, "--json"])
+        assert json.loads(done.stdout)["splits"] == {"val": 60}
+    for told, why in ((["--split", "train"], "no split 'train'"),
+                      (["--subset", "b"], "no subset 'b'")):  # fmt: skip
+        refused = run_cli(app, ["data", "convert", str(table), str(tmp_path / "none"), *told])
+        assert why in str(refused.exception)
 
 
 def test_images_in_an_archive_beside_the_table_are_unpacked(raw, tmp_path):
