@@ -25,10 +25,11 @@ from vlmcore.errors import DataError
 
 @edataclass
 class RawConversation(Sample):
-    """A crude sample as it came: the conversation, and the bytes of its images."""
+    """A crude sample as it came: the conversation, and the bytes of its media."""
 
     messages: list[dict]
     images: list[bytes]
+    videos: list[bytes]
 
 
 @stateless
@@ -38,6 +39,7 @@ def cook(crude):
         **basic_sample_keys(crude),
         messages=conversation["messages"],
         images=[crude[name] for name in conversation["images"]],
+        videos=[crude[name] for name in conversation.get("videos", [])],
     )
 
 

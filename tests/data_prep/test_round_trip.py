@@ -30,15 +30,17 @@ def pictures(draw):
 @st.composite
 def conversations(draw):
     images = draw(st.lists(pictures(), max_size=4))
+    lengths = draw(st.lists(st.integers(1, 5), max_size=2))  # frames of videos
+    tags = draw(st.permutations(["<image>"] * len(images) + ["<video>"] * len(lengths)))
     turns = [{"role": "system", "content": draw(TEXT)}] if draw(st.booleans()) else []
-    question = draw(TEXT).replace("<", "‹") + "<image>" * len(images)
+    question = draw(TEXT).replace("<", "‹") + "".join(tags)
     for _ in range(draw(st.integers(1, 3))):
         turns += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": draw(ANSWER).replace("<", "‹")},
         ]
         question = draw(TEXT).replace("<", "‹")
-    return turns, images
+    return turns, images, lengths
 
 
 @settings(
@@ -46,21 +48,30 @@ def conversations(draw):
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(st.lists(conversations(), min_size=1, max_size=6), st.integers(1, 3))
-def test_energon_gives_back_texts_and_bytes(tmp_path_factory, rows, shard_size):
+def test_energon_gives_back_texts_and_bytes(tmp_path_factory, make_video, drawn, shard_size):
+    rows = [
+        (turns, images, [make_video(num_frames=length) for length in lengths])
+        for turns, images, lengths in drawn
+    ]
     folder = tmp_path_factory.mktemp("trip")
     raw = folder / "raw"
     raw.mkdir()
     with (raw / "train.jsonl").open("w") as file:
-        for turns, images in rows:
-            inline = ["data:;base64," + base64.b64encode(data).decode() for data in images]
-            file.write(json.dumps({"messages": turns, "images": inline}) + "\n")
+        for turns, images, videos in rows:
+            row = {"messages": turns, "images": inline(images), "videos": inline(videos)}
+            file.write(json.dumps(row) + "\n")
     write_shards(
         raw, folder / "shards", max_bad_ratio=0, num_workers=1, max_samples_per_shard=shard_size
     )
     prepare(folder / "shards", folder / "energon")
     found = {sample.__key__: sample for sample in read_split(folder / "energon", "train")}
     assert len(found) == len(rows)
-    for number, (turns, images) in enumerate(rows, 1):
+    for number, (turns, images, videos) in enumerate(rows, 1):
         sample = found[f"train-{number:06d}"]
         assert sample.messages == turns
         assert sample.images == images
+        assert sample.videos == videos
+
+
+def inline(files):
+    return ["data:;base64," + base64.b64encode(data).decode() for data in files]
