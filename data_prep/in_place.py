@@ -11,7 +11,6 @@ Beside the shards lies, until they are whole, what the next call takes up if thi
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep import SPLITS
@@ -58,9 +57,7 @@ def find_or_fetch(dest: Path, dataset: Dataset, *, on_progress: Progress) -> tup
     src = Path(location).expanduser()
     if scheme == "path" and not src.exists():
         raise DataError(f"{src}: nothing is there. Check the path.")
-    is_here = scheme == "path" and not any(map(is_archive, _files(src)))
-    is_here = is_here and any(one.name.endswith(KINDS) for one in _files(src))
-    root = src if is_here else _fetched(dest, dataset, on_progress)
+    root = src if scheme == "path" and _is_read_there(src) else _fetched(dest, dataset, on_progress)
     tables = find_tables(root, subset=dataset.subset, split=dataset.split)
     return (root.parent if root.is_file() else root), tables
 
@@ -103,8 +100,14 @@ def prepare_in_place(dest: Path, dataset: Dataset) -> ShardReport:
     return read_report(dest)
 
 
-def _files(src: Path) -> Iterator[Path]:
-    return src.rglob("*") if src.is_dir() else iter([src])
+def _is_read_there(src: Path) -> bool:
+    """Whether a place holds a table and no archive."""
+    has_table = False
+    for one in src.rglob("*") if src.is_dir() else [src]:
+        if is_archive(one):
+            return False
+        has_table = has_table or one.name.endswith(KINDS)
+    return has_table
 
 
 def _fetched(dest: Path, dataset: Dataset, on_progress: Progress) -> Path:
