@@ -28,6 +28,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return get
 
 
+@pytest.fixture(params=["own", "torch"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test with our compiled kernels, where they compile, and one with torch's."""
+    from vlmcore.kernels import compiled
+
+    name: str = request.param
+    if name == "torch":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("no C++ compiler, or no AVX-512")
+    return name
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An energon dataset of 60 pictures of handwritten numbers, for reading only."""

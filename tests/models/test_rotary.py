@@ -13,7 +13,7 @@ def waves(num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "exaone4_5"])
-def test_a_towers_queries_and_keys_turn_as_in_transformers(family: str) -> None:
+def test_a_towers_queries_and_keys_turn_as_in_transformers(kernels: str, family: str) -> None:
     name = f"transformers.models.{family}.modeling_{family}"
     changed = importlib.import_module(name)
     turn_by_hand(type("Part", (nn.Module,), {"__module__": name})())

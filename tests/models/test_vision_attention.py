@@ -25,7 +25,7 @@ def vision_side(tiny_model: Callable[..., Path], name: str) -> Any:
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl", "exaone4_5"])
 @pytest.mark.parametrize("grids", [GRIDS, GRIDS[:1] * 5, GRIDS[1:2]], ids=["mixed", "like", "one"])
 def test_features_and_gradients_are_those_of_image_by_image(
-    tiny_model: Callable[..., Path], name: str, grids: list
+    tiny_model: Callable[..., Path], name: str, grids: list, kernels: str
 ) -> None:
     before = vision_side(tiny_model, name)
     after = copy.deepcopy(before)

@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from vlmcore.models.arriving import await_weights
+from vlmcore.models.gated import joint_swiglu
 
 
 class GroupedExperts(SequentialMLP):
@@ -32,8 +33,7 @@ class GroupedExperts(SequentialMLP):
             return sequential
         ends_E = torch.as_tensor(tokens_per_expert).cumsum(0).to(tokens_TH.device, torch.int32)
         both_TF = F.grouped_mm(tokens_TH, self._stacked("linear_fc1"), offs=ends_E)
-        gate_TF, up_TF = both_TF.chunk(2, dim=-1)
-        inner_TF = F.silu(gate_TF) * up_TF
+        inner_TF = joint_swiglu(both_TF)
         weighted_TF = (inner_TF * probs_T.unsqueeze(-1)).to(inner_TF.dtype)
         return F.grouped_mm(weighted_TF, self._stacked("linear_fc2"), offs=ends_E), None
 

@@ -29,6 +29,7 @@ from vlmcore.families import LanguageModel, MixtureOfExperts
 from vlmcore.layout import Layout
 from vlmcore.models.decoder import Decoder, DecoderBlock, DecoderLayer
 from vlmcore.models.experts import GroupedExperts
+from vlmcore.models.gated import SwiGLU
 from vlmcore.models.layers import PackedAttention, PositionRotary, RMSNorm
 
 
@@ -88,6 +89,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         apply_rope_fusion=True,  # by vlmcore.models.layers
         bias_activation_fusion=False,
+        use_te_activation_func=True,  # means the activation that `_layer_spec` names
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -189,9 +191,12 @@ def _layer_spec(model: LanguageModel, config: TransformerConfig) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = layer.submodules.mlp
+    gated = mlp.submodules.experts if model.moe else mlp
+    gated.submodules.activation_func = SwiGLU
     if model.moe:
         if config.moe_grouped_gemm:
-            layer.submodules.mlp.submodules.experts.module = GroupedExperts
+            mlp.submodules.experts.module = GroupedExperts
         # the local spec would store it under the name of a fused linear layer that is not there;
         # TransformerEngine's spec, whose checkpoints others write, keeps its own
         names = layer.submodules.sharded_state_dict_keys_map

@@ -26,6 +26,7 @@ from vlmcore import megatron_cpu
 from vlmcore.models.context_parallel import chunks_of, context_parallel_size, whole_row
 from vlmcore.models.norm import rms_norm
 from vlmcore.models.rotary import turn
+from vlmcore.models.varlen_attention import has_varlen_kernel, varlen_attention
 
 MAX_MASKED = 1024  # queries whose mask over their keys is in memory at once
 PADDED_PAIRS = 128**2  # of tokens: to attend over so many costs about as much as a call
@@ -59,8 +60,8 @@ class PackedAttention(nn.Module):
     The row stays [S, B, heads, D] (`qkv_format="sbhd"`), so that rotary positions apply to it
     directly; `cu_seqlens_q` says where each sample begins. Samples of like length are padded
     together and run as one batched causal call: padding sits on the right, where a causal mask
-    never looks, so there is no T × T mask and little work in vain. In half precision on a GPU
-    torch's kernel for samples of any length does without padding.
+    never looks, so there is no T × T mask and little work in vain. A kernel for samples of any
+    length, where there is one, does without padding.
 
     Context parallel ranks hold the queries of their part of the row and share keys and values.
     """
@@ -95,8 +96,8 @@ class PackedAttention(nn.Module):
         query_SND = query_SBND[:, 0]
         key_TGD, value_TGD = whole_row(key_SBGD)[:, 0], whole_row(value_SBGD)[:, 0]
         row = tuple(packed_seq_params.cu_seqlens_q.tolist()), _own_chunks(len(key_TGD))
-        if query_SND.is_cuda and query_SND.dtype in (torch.bfloat16, torch.float16):
-            context = self._by_kernel(_pieces(*row), query_SND, key_TGD, value_TGD)
+        if has_varlen_kernel(query_SND):
+            context = self._by_kernel(_starts(*row), query_SND, key_TGD, value_TGD)
         else:
             context = self._by_groups(_plan(*row), query_SND, key_TGD, value_TGD)
         return context.flatten(1).unsqueeze(1)
@@ -128,29 +129,17 @@ class PackedAttention(nn.Module):
         return torch.cat(contexts).index_select(0, plan.places.to(place))
 
     def _by_kernel(
-        self, pieces: Sequence[_Piece], query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+        self, starts: _Starts, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
     ) -> Tensor:
-        """Torch's flash attention over samples of any length; half precision on a GPU alone.
-
-        Its causal mask lets the last query see the last key, as a piece's does.
-        """
-        from torch.nn.attention.varlen import varlen_attn
-
         place = query_SND.device
-        lengths = [p.num_queries for p in pieces], [p.num_keys for p in pieces]
-        starts_q, starts_k = (
-            torch.tensor([0, *of]).cumsum(0).to(place, torch.int32) for of in lengths
-        )
-        if any(not p.is_whole for p in pieces):  # ranks that share a row see keys of others
-            seen = torch.cat([torch.arange(p.key, p.key + p.num_keys) for p in pieces]).to(place)
-            key_TGD, value_TGD = key_TGD[seen], value_TGD[seen]
-        context: Any = varlen_attn(
-            query_SND, key_TGD, value_TGD, starts_q, starts_k, *map(max, lengths),
-            scale=self.scale, window_size=(-1, 0),
-            enable_gqa=query_SND.shape[1] != key_TGD.shape[1],
+        if starts.seen is not None:
+            seen = starts.seen.to(place)
+            key_TGD, value_TGD = key_TGD.index_select(0, seen), value_TGD.index_select(0, seen)
+        scale = query_SND.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return varlen_attention(
+            query_SND, key_TGD, value_TGD, starts.queries.to(place), starts.keys.to(place),
+            longest=starts.longest, scale=scale, causal=True,
         )  # fmt: skip
-        whole: Tensor = context
-        return whole
 
     def _continue(
         self, piece: _Piece, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
@@ -229,6 +218,37 @@ def _pieces(cu_seqlens: Sequence[int], chunks: Sequence[tuple[int, int]]) -> lis
                 pieces.append(_Piece(held + a - begin, first, b - a, b - first))
         held += end - begin
     return pieces
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """What a kernel for samples of any length asks of a row; tensors lie on the CPU.
+
+    Attributes:
+        queries: First of each piece among this rank's, and the end of the last, int32.
+        keys: Likewise, among the `seen` ones.
+        longest: Queries of the piece with the most, and keys.
+        seen: Places in the row of each piece's keys in turn; None where each is there once.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    longest: tuple[int, int]
+    seen: Tensor | None
+
+
+@lru_cache(maxsize=4)  # a row's layers ask alike
+def _starts(cu_seqlens: tuple[int, ...], chunks: tuple[tuple[int, int], ...]) -> _Starts:
+    pieces = _pieces(cu_seqlens, chunks)
+    lengths = [p.num_queries for p in pieces], [p.num_keys for p in pieces]
+    queries, keys = (torch.tensor([0, *of]).cumsum(0).to(torch.int32) for of in lengths)
+    parts = [torch.arange(p.key, p.key + p.num_keys) for p in pieces]
+    return _Starts(
+        queries=queries,
+        keys=keys,
+        longest=(max(lengths[0]), max(lengths[1])),
+        seen=None if all(piece.is_whole for piece in pieces) else torch.cat(parts),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The root-mean-square norm, with a backward of few operations that keeps its input alone.
 
-As autograd derives it from transformers' formula, backward takes two to four times as long on a CPU
-(600 to 8,000 rows of 64 or 128), and keeps four tensors as large as the input.
+As autograd derives it from transformers' formula, backward keeps four tensors as large as the input
+and takes two to four times as long on a CPU, where a kernel of our own is faster still.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vlmcore.kernels import rowwise
+from vlmcore.kernels.compiled import serves
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalises the last dimension in fp32 and scales it in its own dtype, as transformers does.
@@ -21,6 +24,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [H].
         eps: Added to the mean of the squares.
     """
+    if serves(x, weight):
+        return rowwise.rms_norm(x, weight, eps)
     out: Tensor = _RMSNorm.apply(x, weight, eps)
     return out
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vlmcore.kernels import rowwise
+from vlmcore.kernels.compiled import serves
+
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns pairs (d, d + D/2) of the last dimension by their angles.
@@ -22,6 +25,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Of the angles, [..., D], both halves alike; broadcasts to `x`.
         sin: Likewise.
     """
+    if serves(x, cos, sin) and x.ndim == cos.ndim and cos.numel() * x.shape[-2] == x.numel():
+        tokens, waves = x.flatten(0, -3), (cos.flatten(0, -2), sin.flatten(0, -2))
+        return rowwise.turn(tokens, *waves).view(x.shape)
     out: Tensor = _Turn.apply(x, cos, sin)
     return out
 

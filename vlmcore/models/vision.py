@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlmcore import megatron_cpu
 from vlmcore.errors import WeightError
 from vlmcore.families import Family
+from vlmcore.models.gated import gate_by_hand
 from vlmcore.models.norm import norm_by_hand
 from vlmcore.models.patch_projection import project_by_product
 from vlmcore.models.rotary import turn_by_hand
@@ -96,6 +97,7 @@ def build_vision_model(
     vision.initialize_weights()
     attend_by_length(vision)
     project_by_product(vision)
+    gate_by_hand(vision)
     norm_by_hand(vision)
     turn_by_hand(vision)
     built: nn.Module = vision

@@ -1,8 +1,8 @@
 """Attention of transformers modules over what one row holds: images of a tower, samples of text.
 
 Without flash-attn, transformers' towers attend image by image (and window by window), a call each,
-and its decoders know packed samples only as a T × T mask. `attend` takes a row as it is: with a GPU
-and half precision by torch's kernel for parts of any length, else once for each distinct length.
+and its decoders know packed samples only as a T × T mask. `attend` takes a row as it is: by a
+kernel for samples of any length where there is one, else once for each distinct length.
 It ends when transformers does so without flash-attn.
 """
 
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlmcore.models.varlen_attention import has_varlen_kernel, varlen_attention
 
 # "flash" in its name makes the towers hand over all images and where each begins (transformers
 # 5.19, `is_flash_attention_requested`); they cut images apart for every other name.
@@ -73,9 +75,14 @@ def attend(
     """
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     query, key = query.to(value.dtype), key.to(value.dtype)  # fp32 after norms under autocast
-    if query.is_cuda and value.dtype != torch.float32 and not dropout:
-        longest = cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q
-        return _by_kernel(query, key, value, cu_seq_lens_q, int(longest), scaling, causal), None
+    if has_varlen_kernel(value) and not dropout:
+        longest = int(cu_seq_lens_q.diff().max() if max_length_q is None else max_length_q)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        context = varlen_attention(
+            q, k, v, cu_seq_lens_q, cu_seq_lens_q,
+            longest=(longest, longest), scale=scaling, causal=causal,
+        )  # fmt: skip
+        return context[None], None
     starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     mixed = torch.empty_like(query[0].transpose(0, 1))  # [S, heads, D]
     for length in lengths.unique().tolist():
@@ -100,26 +107,3 @@ def attend(
         rows = out.transpose(1, 2).flatten(0, 1)
         mixed = rows if whole else mixed.index_copy(0, where, rows)
     return mixed[None], None
-
-
-def _by_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    longest: int,
-    scale: float,
-    causal: bool,
-) -> Tensor:
-    """[1, S, heads, D] by torch's flash attention over parts of any length; needs a GPU."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    window = (-1, 0) if causal else (-1, -1)
-    grouped = q.shape[1] != k.shape[1]
-    out: Any = varlen_attn(
-        q, k, v, starts, starts, longest, longest,
-        scale=scale, window_size=window, enable_gqa=grouped,
-    )  # fmt: skip
-    whole: Tensor = out[None]
-    return whole

@@ -15,8 +15,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from vlmcore import megatron_cpu
 from vlmcore.errors import TrainError
+from vlmcore.kernels.matrix_products import fast_products
 from vlmcore.layout import Layout
-from vlmcore.matrix_products import fast_products
 
 
 @contextmanager

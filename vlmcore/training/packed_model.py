@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlmcore.dataloading.samples import PackedRow
+from vlmcore.models.gated import gate_by_hand
 from vlmcore.models.norm import norm_by_hand
 from vlmcore.models.vision import Placeholders, marked, reach, see
 from vlmcore.models.vision_attention import NAME, attend_by_length, register
@@ -86,6 +87,7 @@ class PackedModel(nn.Module):
         self.decoder.config._attn_implementation = NAME
         if placeholders is not None:
             attend_by_length(self.vision)
+        gate_by_hand(self.model)
         norm_by_hand(self.model)
         self._routers = _RouterLogits(self.decoder)
 

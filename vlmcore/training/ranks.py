@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from vlmcore.matrix_products import fast_products
+from vlmcore.kernels.matrix_products import fast_products
 
 
 @contextmanager

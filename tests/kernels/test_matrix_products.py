@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlmcore import matrix_products
-from vlmcore.matrix_products import fast_products
+from vlmcore.kernels import matrix_products
+from vlmcore.kernels.matrix_products import fast_products
 
 SIZES = st.integers(1, 70)
 
