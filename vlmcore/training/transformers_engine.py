@@ -19,6 +19,7 @@ from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.counts import counts_of, num_real
 from vlmcore.training.freeze_groups import group_rates
 from vlmcore.training.job import TrainJob
+from vlmcore.training.own_weights import OwnWeights
 from vlmcore.training.packed_model import PackedModel, RowLosses, row_inputs
 from vlmcore.training.schedule import learning_rate
 from vlmcore.training.sharding import Fsdp, Replicas, Sharding, Zero
@@ -52,8 +53,8 @@ def prepare(
             f"train.{stage.name}: {model_dir} is no HF model folder, which engine transformers "
             f"reads; convert it first: vlmflow convert to-hf"
         )
-    packed = build(stage, model_dir, idle_inputs=idle_inputs or {})
-    return TransformersTraining(packed, stage, family_of(read_config(model_dir)))
+    packed, own = build(stage, model_dir, idle_inputs=idle_inputs or {})
+    return TransformersTraining(packed, stage, family_of(read_config(model_dir)), own)
 
 
 class TransformersTraining:
@@ -63,16 +64,19 @@ class TransformersTraining:
         packed: From `build`.
         stage: How it is trained, and how ranks share it.
         family: The model's.
+        own: From `build`.
     """
 
-    def __init__(self, packed: PackedModel, stage: TrainStage, family: Family) -> None:
+    def __init__(
+        self, packed: PackedModel, stage: TrainStage, family: Family, own: OwnWeights | None
+    ) -> None:
         self.stage = stage
         self.trainable = trainable_table(packed.model, family)
         self.num_layers = len(packed.decoder.layers)
         self.weighs_routers = bool(stage.moe_aux_loss_coeff or stage.moe_z_loss_coeff) and (
             packed.has_experts
         )
-        self.sharding = _share(packed, stage, family)
+        self.sharding = _share(packed, stage, family, own)
         self.peaks = [group["lr"] for group in self.sharding.optimizer.param_groups]
         self.done = 0
         self.taken: Path | None = None
@@ -203,15 +207,17 @@ class TransformersTraining:
             group["lr"] = self._rate(peak)
 
 
-def _share(packed: PackedModel, stage: TrainStage, family: Family) -> Sharding:
+def _share(
+    packed: PackedModel, stage: TrainStage, family: Family, own: OwnWeights | None
+) -> Sharding:
     """The model over the ranks, as the stage says."""
 
     def grouping(model: PackedModel) -> list[dict[str, Any]]:
         return param_groups(model, stage, family)
 
     if stage.deepspeed is not None:
-        return Zero(packed, grouping, stage)
-    return (Fsdp if stage.fsdp else Replicas)(packed, grouping, stage)
+        return Zero(packed, grouping, stage, own)
+    return Replicas(packed, grouping, stage) if own is None else Fsdp(packed, grouping, stage, own)
 
 
 def param_groups(packed: PackedModel, stage: TrainStage, family: Family) -> list[dict[str, Any]]:
