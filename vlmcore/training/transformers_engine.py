@@ -23,6 +23,7 @@ from vlmcore.training.own_weights import OwnWeights
 from vlmcore.training.packed_model import PackedModel, RowLosses, row_inputs
 from vlmcore.training.schedule import learning_rate
 from vlmcore.training.sharding import Fsdp, Replicas, Sharding, Zero
+from vlmcore.training.throughput import LARGEST_MEMORY, sums_and_memory
 from vlmcore.training.transformers_model import (
     build,
     trainable_table,
@@ -109,7 +110,7 @@ class TransformersTraining:
 
         Returns:
             On every rank the same: loss (a mean over trained tokens of all ranks), gradient norm,
-            the routers' losses, and counts over all ranks.
+            the routers' losses, counts over all ranks, and the largest memory of a rank.
         """
         counts = counts_of(batch)
         place = megatron_cpu.device()
@@ -122,11 +123,12 @@ class TransformersTraining:
         grad_norm = self.sharding.update()
         self.done += 1
         self._set_rates()
-        dist.all_reduce(sums)
+        sums, memory = sums_and_memory(sums)
         outcome = {
             "loss": float(sums[0]) / max(counts["loss_tokens"], 1),
             "grad_norm": grad_norm,
             "updated": True,
+            LARGEST_MEMORY: memory,
             **counts,
         }
         if self.weighs_routers:
