@@ -167,8 +167,7 @@ class Fsdp(_Torch):
             fully_shard(layer, mp_policy=policy)
         fully_shard(packed, mp_policy=policy)
         for name, weight in packed.named_parameters():
-            if weight.device.type == "meta":
-                _fill_share(weight, name.removeprefix(MODEL), own)
+            _fill_share(weight, name.removeprefix(MODEL), own)
         super().__init__(packed, grouping, stage)
 
     @contextlib.contextmanager
@@ -268,13 +267,10 @@ def _cut(packed: PackedModel, stage: TrainStage, own: OwnWeights) -> None:
     place, dtype = megatron_cpu.device(), getattr(torch, stage.torch_dtype)
     first: Any = None
     for name, weight in packed.named_parameters():
-        if weight.is_meta:
-            whole = torch.empty_like(weight, dtype=dtype, device=place)
-            if dist.get_rank() == 0:  # whose values DeepSpeed hands to all
-                own.fill(name.removeprefix(MODEL), whole)
-            put_in(weight, whole)
-        else:
-            weight.data = weight.data.to(dtype)
+        whole = torch.empty_like(weight, dtype=dtype, device=place)
+        if dist.get_rank() == 0:  # whose values DeepSpeed hands to all
+            own.fill(name.removeprefix(MODEL), whole)
+        put_in(weight, whole)
         if first is None:
             first = weight
             deepspeed.zero.Init(
