@@ -45,7 +45,7 @@ def report(
         "report",
         build,
         kind="report",
-        version=2,
+        version=3,
         params={"recipe": dump_recipe(recipe)},
         inputs=artifacts,
     )

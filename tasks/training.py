@@ -147,7 +147,7 @@ def _summarise(folder: Path, name: str) -> dict[str, Any]:
         "dropped_by_cause": dict(causes.most_common()),
         **_mean_fill(metrics),
         "tokens_per_s": sum(row["tokens"] for row in metrics) / max(seconds, 1e-9),
-        "peak_memory_mb": max(row["peak_memory_mb"] for row in metrics),
+        "largest_rank_memory_mb": max(row["largest_rank_memory_mb"] for row in metrics),
     }
 
 

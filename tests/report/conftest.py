@@ -143,8 +143,10 @@ def training_steps(count: int, *, start: float, floor: float, peak: float, seed:
             "samples": 32,
             "packing_fill": 0.97 + number / count / 100,
             "tokens_per_s": noise.uniform(9000, 11000),
+            "samples_per_s": 320 - number / 10,
+            "tflops_per_rank": 0.02 + number / 1e5,
             "step_s": 0.1,
-            "peak_memory_mb": 1200 + number / 10,
+            "largest_rank_memory_mb": 1200 + number / 10,
             "data_s": 0.004,
         }
 

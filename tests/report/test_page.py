@@ -232,6 +232,46 @@ def test_training_figures_are_sums_and_medians_over_all_steps(run):
     assert "samples dropped" not in section
 
 
+def test_speed_is_that_of_a_median_step_after_the_warm_up(build_run):
+    def change(stage, folder):
+        if stage == "train.full":
+            path = folder / "metrics.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            slow = {"tokens_per_s": 1.0, "samples_per_s": 1.0, "tflops_per_rank": 1e-9}
+            rows = [row | (slow if row["step"] <= 30 else {"mfu": 0.4321}) for row in rows]
+            rows[6]["largest_rank_memory_mb"] = 56_789
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    html = render_report(build_run(change).report())
+    align, full = (text_of("<body>" + one) for one in html.split('<p class="speed">')[2:4])
+    assert "Medians of steps 31 – 300 time of a step 0.1 s waiting for data 4.0 %" in full
+    assert "samples/s 303 tokens/s 9," in full  # 320 less a tenth of the middle step, 165.5
+    assert "TFLOP/s per rank 0.0217 MFU 43.2 % peak memory, largest rank 56,789 MB" in full
+    assert "samples/s 303" in align
+    assert "MFU" not in align
+    assert "peak memory, largest rank 1,230 MB" in align
+
+
+def test_a_run_without_megatron_has_no_precision_to_miss(run):
+    report = run.report()
+    records = [
+        one.model_copy(update={"params": one.params | {"engine": "transformers"}})
+        if one.stage.startswith("train.")
+        else one
+        for one in report.records
+        if not one.stage.startswith("to_mcore")
+    ]
+    folders = {one.stage: report.folders[one.stage] for one in records}
+    html = render_report(run.report(records=records, folders=folders))
+    assert Outline(html).open == []
+    text = text_of(html)
+    assert "there is no Megatron-Core model whose logits could differ" in text
+    assert "Precision absent" not in text
+    assert "no stage to_mcore" not in text
+    megatron = run.report(records=report.records[:0], folders={})
+    assert "– Precision absent" in text_of(render_report(megatron))
+
+
 def test_samples_that_training_drops_stand_by_cause(build_run):
     def change(stage, folder):
         if stage == "train.align":

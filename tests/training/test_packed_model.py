@@ -36,7 +36,8 @@ def samples_of(encoder: ConversationEncoder) -> list[TokenSample]:
 
 def packed_model(hf_dir: Path, **fields: Any) -> PackedModel:
     idle = dummy_vision_inputs(ConversationEncoder(hf_dir, task="sft"))
-    return build(stage(engine="transformers", **fields), hf_dir, idle_inputs=idle)
+    packed, _ = build(stage(engine="transformers", **fields), hf_dir, idle_inputs=idle)
+    return packed
 
 
 def reference(model: Any, sample: TokenSample) -> torch.Tensor:

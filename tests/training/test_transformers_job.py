@@ -58,6 +58,7 @@ def test_a_killed_job_goes_on_as_if_nothing_had_happened(run: Run, tmp_path: Pat
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert len({row["loss"] for row in expected}) == STEPS
+    assert all(row["largest_rank_memory_mb"] > 100 for row in expected)
     trainable = json.loads((whole / "output" / TRAINABLE).read_text())
     assert set(trainable) == {"vit", "aligner", "llm"}
     assert all(row["trainable"] == row["parameters"] > 0 for row in trainable.values())

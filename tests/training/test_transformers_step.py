@@ -33,7 +33,7 @@ CASES: Cases = {
     }),
     "windowed": ("qwen2_5_vl", {}, {"ddp": DDP}),
     "tiles": ("internvl", {}, {"ddp": DDP}),
-    "inner": ("llava", {}, {"ddp": DDP}),  # features of an inner layer
+    "inner": ("llava", {}, {"ddp": DDP, "fsdp": FSDP}),  # features of an inner layer
     "breaks": ("llava_onevision", {}, {"ddp": DDP}),  # learned line breaks
     "aligner": ("qwen3_vl", {"freeze_vit": True, "freeze_llm": True}, {
         "ddp": DDP, "fsdp": FSDP, "zero2": ZERO2, "zero3": ZERO3,
@@ -51,7 +51,7 @@ CASES: Cases = {
         "ddp": DDP, "zero3": ZERO3, "zero3_again": ZERO3 | {"recompute_granularity": "full"},
     }),
     "lora_llm": ("qwen3_vl", LORA_LLM, {"ddp": DDP, "fsdp": FSDP}),
-    "dora": ("qwen3_vl", LORA | {"tuner_type": "dora"}, {"ddp": DDP}),
+    "dora": ("qwen3_vl", LORA | {"tuner_type": "dora"}, {"ddp": DDP, "fsdp": FSDP, "zero3": ZERO3}),
     "resumed": ("qwen3_vl", TWO | {"killed_at": DDP, "vit_lr": 0.03}, {"ddp": DDP, "fsdp": FSDP}),
     "resumed_fsdp": ("qwen3_moe", TWO | {"killed_at": FSDP}, {"fsdp": FSDP, "ddp": DDP}),
     "resumed_zero2": ("qwen3_vl", TWO | {"killed_at": ZERO2}, {"zero2": ZERO2}),

@@ -117,6 +117,7 @@ class Step(_Document):
 
     step: int
     loss: float
+    eval_loss: float | None = None
     learning_rate: float
     grad_norm: float
     tokens: int
@@ -124,8 +125,11 @@ class Step(_Document):
     dropped_by_cause: dict[str, int] = {}
     packing_fill: float | None = None
     tokens_per_s: float
+    samples_per_s: float
+    tflops_per_rank: float
+    mfu: float | None = None
     step_s: float
-    peak_memory_mb: float
+    largest_rank_memory_mb: float | None = None
     data_s: float
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
 from typing import Protocol, TypeVar
 
 from vlmcore.artifacts import BuildRecord
@@ -15,22 +13,19 @@ from vlmcore.report.documents import (
     Audit,
     Conversion,
     Evidence,
-    FreezeGroup,
     Precision,
     Prediction,
     Shards,
-    Step,
     SwapProof,
     read_document,
 )
 from vlmcore.report.graph import BOX_HEIGHT, Drawing, draw_graph
-from vlmcore.report.loss_plot import loss_plot_svg
 from vlmcore.report.rendering import render
+from vlmcore.report.training import training_of
 
 T = TypeVar("T")
 
 NUM_SAMPLES = 24  # over all benchmarks: their images are most of the page's size
-_FINAL_STEPS = 10
 
 
 class Gate(Protocol):
@@ -86,26 +81,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What one training stage did; figures are over all of its steps."""
-
-    stage: str
-    steps: Evidence[list[Step]]
-    groups: Evidence[dict[str, FreezeGroup]]
-    plot: str = ""
-    final_loss: float = 0.0
-    num_final: int = 0
-    first_loss: float = 0.0
-    samples: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    fill: float | None = None
-    tokens: int = 0
-    tokens_per_s: float = 0.0
-    data_share: float = 0.0
-    peak_memory_mb: float = 0.0
-
-
-@dataclass(frozen=True)
 class Tally:
     """How many answers of a checkpoint are right, and how sure that makes its score."""
 
@@ -137,8 +112,7 @@ def render_report(report: ReportInput) -> str:
         if f"evaluate.{checkpoint}.{benchmark}" in report.folders
     }
     swap = read_document(report.folders, "swap", "proof.json", SwapProof)
-    # the test stands alone where training reads HF weights straight into its ranks
-    tested = [one for one in ("to_mcore", "precision") if _stages(report, one)] or ["to_mcore"]
+    tested = _tested(report)
     precision = [
         found
         for prefix in tested
@@ -163,13 +137,21 @@ def render_report(report: ReportInput) -> str:
         swap=swap,
         precision=precision,
         conversions=[
-            *_read_all(report, "to_mcore", "conversion.json", Conversion),
+            *(
+                _read_all(report, "to_mcore", "conversion.json", Conversion)
+                if "to_mcore" in tested
+                else ()
+            ),
             *_read_all(report, "export", "conversion.json", Conversion),
         ],
         reloads=reloads,
         checks=[
             _check("Swap proof", "#swap", [swap], lambda proof: [proof]),
-            _check("Precision", "#precision", precision, lambda tests: tests),
+            *(
+                [_check("Precision", "#precision", precision, lambda tests: tests)]
+                if precision
+                else ()
+            ),
             _check("Export reload", "#reload", reloads, lambda tests: tests),
         ],
         data=[
@@ -182,12 +164,21 @@ def render_report(report: ReportInput) -> str:
             for stage in report.folders
             if stage.startswith("data.") and stage.endswith(".shards")
         ],
-        trainings=[_training(report, stage) for stage in _stages(report, "train")],
+        trainings=[training_of(report.folders, stage) for stage in _stages(report, "train")],
     )
 
 
 def _stages(report: ReportInput, prefix: str) -> list[str]:
     return [one.stage for one in report.records if one.stage.startswith(prefix)]
+
+
+def _tested(report: ReportInput) -> list[str]:
+    """Prefixes of the stages that compare Megatron's logits with Hugging Face's; none where no
+    stage trains with Megatron."""
+    # the test stands alone where training reads HF weights straight into its ranks
+    found = [prefix for prefix in ("to_mcore", "precision") if _stages(report, prefix)]
+    engines = {one.params.get("engine") for one in report.records if one.stage.startswith("train.")}
+    return found or ([] if engines == {"transformers"} else ["to_mcore"])
 
 
 def _read_all(report: ReportInput, prefix: str, name: str, kind: type[T]) -> list[Evidence[T]]:
@@ -222,40 +213,6 @@ def _graph(records: Sequence[BuildRecord]) -> Drawing:
         parents[record.stage] = [one.stage for _, one in record.input_refs if one.stage in known]
         known.add(record.stage)
     return draw_graph(parents)
-
-
-def _training(report: ReportInput, stage: str) -> Training:
-    steps = read_document(report.folders, stage, "metrics.jsonl", list[Step])
-    groups = read_document(report.folders, stage, "trainable.json", dict[str, FreezeGroup])
-    if not steps.content:
-        return Training(stage, steps, groups)
-    rows = steps.content
-    final = rows[-_FINAL_STEPS:]
-    fills = [row.packing_fill for row in rows if row.packing_fill is not None]
-    return Training(
-        stage,
-        steps,
-        groups,
-        plot=loss_plot_svg([row.model_dump() for row in rows], title=stage),
-        first_loss=rows[0].loss,
-        final_loss=fmean(row.loss for row in final),
-        num_final=len(final),
-        samples=sum(row.samples for row in rows),
-        dropped=_dropped(rows),
-        fill=fmean(fills) if fills else None,
-        tokens=sum(row.tokens for row in rows),
-        tokens_per_s=median(row.tokens_per_s for row in rows),
-        data_share=sum(row.data_s for row in rows) / (sum(row.step_s for row in rows) or 1.0),
-        peak_memory_mb=max(row.peak_memory_mb for row in rows),
-    )
-
-
-def _dropped(rows: Sequence[Step]) -> Mapping[str, int]:
-    """Samples that were left out, by cause."""
-    causes: Counter[str] = Counter()
-    for row in rows:
-        causes.update(row.dropped_by_cause)
-    return dict(causes.most_common())
 
 
 def _predictions(

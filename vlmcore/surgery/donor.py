@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmcore.families import Config, Family, family_of, read_config
-from vlmcore.families.rows import StackExperts
-from vlmcore.weights.experts import ExpertsLayout, experts_layout
+from vlmcore.weights.experts import ExpertsLayout, layouts_of_experts
 from vlmcore.weights.safetensors_io import SafetensorsFolder, TensorInfo
 
 Shape = tuple[int, ...]
@@ -42,25 +41,6 @@ class Donor:
         """How each layer's experts are stored; empty for a dense model."""
         shapes = {key: self.tensors[disk].shape for key, disk in self.keys.items()}
         return layouts_of_experts(self.family, self.config, shapes)
-
-
-def layouts_of_experts(
-    family: Family, config: Config, shapes: dict[str, Shape]
-) -> list[ExpertsLayout]:
-    """How each layer's experts are laid out in tensors of these names (in memory) and shapes."""
-    model = family.language_model(config)
-    found = []
-    for row in (row for row in family.rows(config) if isinstance(row, StackExperts)):
-        for layer in range(model.num_layers):
-            prefix = row.hf.replace("{layer}", str(layer))
-            below = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
-            assert model.moe is not None
-            layout = experts_layout(
-                prefix, below, moe=model.moe, hidden_size=model.hidden_size, name=family.disk_key
-            )
-            assert not layout.faults, layout.faults  # the architecture has been checked
-            found.append(layout)
-    return found
 
 
 @dataclass(frozen=True)

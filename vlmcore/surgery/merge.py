@@ -17,9 +17,10 @@ from torch import Tensor
 
 from vlmcore.errors import WeightError
 from vlmcore.families.base import TEXT_PREFIX
-from vlmcore.surgery.donor import HEAD, Donor, ExpertLayer, layouts_of_experts
+from vlmcore.surgery.donor import HEAD, Donor, ExpertLayer
 from vlmcore.surgery.shells import Shell
 from vlmcore.surgery.vocabulary import Vocabulary, new_rows, with_rows
+from vlmcore.weights.experts import layouts_of_experts
 
 Shape = tuple[int, ...]
 EMBEDDINGS = f"{TEXT_PREFIX}embed_tokens.weight"

@@ -45,7 +45,8 @@ class Engine(Protocol):
 
         Returns:
             On every rank the same: loss (a mean over the trained tokens of all data parallel
-            ranks), gradient norm, and `vlmcore.training.counts.counts_of` of the batch.
+            ranks), gradient norm, `vlmcore.training.counts.counts_of` of the batch, and the largest
+            memory of a rank.
         """
 
     def evaluate(self, batch: Sequence[PackedRow]) -> tuple[float, int]:

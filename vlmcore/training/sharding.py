@@ -25,12 +25,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
 from vlmcore import megatron_cpu
 from vlmcore.errors import TrainError
 from vlmcore.recipe.train_stage import TrainStage
+from vlmcore.training.own_weights import OwnWeights, put_in
 from vlmcore.training.packed_model import PackedModel, RowLosses
 from vlmcore.training.transformers_model import MODEL, trained_names
 
@@ -156,12 +158,16 @@ class Fsdp(_Torch):
     for each other if its layers were.
     """
 
-    def __init__(self, packed: PackedModel, grouping: Grouping, stage: TrainStage) -> None:
+    def __init__(
+        self, packed: PackedModel, grouping: Grouping, stage: TrainStage, own: OwnWeights
+    ) -> None:
         packed.float()  # weights of one group share a dtype, and what trains needs fp32
         policy = MixedPrecisionPolicy(param_dtype=packed.dtype, reduce_dtype=torch.float32)
         for layer in packed.decoder.layers:
             fully_shard(layer, mp_policy=policy)
         fully_shard(packed, mp_policy=policy)
+        for name, weight in packed.named_parameters():
+            _fill_share(weight, name.removeprefix(MODEL), own)
         super().__init__(packed, grouping, stage)
 
     @contextlib.contextmanager
@@ -170,10 +176,32 @@ class Fsdp(_Torch):
         yield
 
 
+@torch.no_grad()
+def _fill_share(weight: Any, name: str, own: OwnWeights) -> None:
+    """Has this rank read its rows of a weight; FSDP2 deals them out as `torch.chunk` does."""
+    share = torch.empty_like(weight.to_local(), device=megatron_cpu.device())
+    rows = weight.shape[0]
+    before = min(dist.get_rank() * -(-rows // dist.get_world_size()), rows)
+    own.fill(name, share, first=before * (weight.numel() // rows))
+    put_in(
+        weight,
+        DTensor.from_local(
+            share,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        ),
+    )
+
+
 class Zero(Sharding):
     """DeepSpeed's engine: ZeRO-2 shares out gradients and the optimizer, ZeRO-3 weights too."""
 
-    def __init__(self, packed: PackedModel, grouping: Grouping, stage: TrainStage) -> None:
+    def __init__(
+        self, packed: PackedModel, grouping: Grouping, stage: TrainStage, own: OwnWeights | None
+    ) -> None:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -183,9 +211,12 @@ class Zero(Sharding):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist.get_backend(), verbose=False)
         buffers = {name: value.clone() for name, value in packed.named_buffers()}
-        self.in_parts = stage.shares_weights_by_deepspeed
+        self.in_parts = own is not None
+        optimizer = _adamw(grouping(packed), stage)  # before: weights in parts have no shape
+        if own is not None:
+            _cut(packed, stage, own)
         self.module, self.optimizer, *_ = deepspeed.initialize(
-            model=packed, optimizer=_adamw(grouping(packed), stage), config=zero_config(stage)
+            model=packed, optimizer=optimizer, config=zero_config(stage)
         )
         for name, value in packed.named_buffers():  # rotary frequencies must not be rounded
             value.data = buffers[name].to(value.device)
@@ -227,6 +258,26 @@ class Zero(Sharding):
                 if dist.get_rank() == 0:
                     whole[name] = weight.detach().cpu().clone()
         return whole
+
+
+def _cut(packed: PackedModel, stage: TrainStage, own: OwnWeights) -> None:
+    """Has DeepSpeed deal out weight after weight; rank 0 reads each, and none holds two whole."""
+    import deepspeed
+
+    place, dtype = megatron_cpu.device(), getattr(torch, stage.torch_dtype)
+    first: Any = None
+    for name, weight in packed.named_parameters():
+        whole = torch.empty_like(weight, dtype=dtype, device=place)
+        if dist.get_rank() == 0:  # whose values DeepSpeed hands to all
+            own.fill(name.removeprefix(MODEL), whole)
+        put_in(weight, whole)
+        if first is None:
+            first = weight
+            deepspeed.zero.Init(
+                module=torch.nn.ParameterList([weight]), config_dict_or_path=zero_config(stage)
+            )
+        else:
+            first.convert_to_zero_parameters([weight])
 
 
 def zero_config(stage: TrainStage) -> dict[str, Any]:

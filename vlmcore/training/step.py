@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -21,6 +20,7 @@ from vlmcore.dataloading.samples import PackedRow
 from vlmcore.models.context_parallel import own_part
 from vlmcore.training.counts import counts_of, num_real
 from vlmcore.training.router_losses import RouterLosses
+from vlmcore.training.throughput import LARGEST_MEMORY, sums_and_memory
 
 
 class TrainStep:
@@ -48,8 +48,8 @@ class TrainStep:
         Returns:
             On every rank the same: loss (a mean over trained tokens of all data parallel ranks),
             gradient norm (infinite where fp16 overflowed, and the step is skipped), the routers'
-            losses, and counts of tokens, trained tokens, samples and dropped samples over all data
-            parallel ranks.
+            losses, counts of tokens, trained tokens, samples and dropped samples over all data
+            parallel ranks, and the largest memory of a rank.
         """
         counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
         if self.router_losses is not None:
@@ -62,10 +62,12 @@ class TrainStep:
         parts = self._forward_backward(batch, forward_only=False)
         with megatron_cpu.suspended():
             updated, grad_norm, _ = self.optimizer.step()
+        total, memory = _over_all_ranks(parts)
         outcome = {
-            "loss": _over_all_ranks(parts) / max(counts["loss_tokens"], 1),
+            "loss": total / max(counts["loss_tokens"], 1),
             "grad_norm": math.inf if grad_norm is None else float(grad_norm),
             "updated": bool(updated),
+            LARGEST_MEMORY: memory,
             **counts,
         }
         if self.chunks[0].config.fp16:
@@ -83,7 +85,8 @@ class TrainStep:
         parts = self._forward_backward(batch, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return _over_all_ranks(parts), counts["loss_tokens"]
+        total, _ = _over_all_ranks(parts)
+        return total, counts["loss_tokens"]
 
     def _forward_backward(self, batch: Sequence[PackedRow], *, forward_only: bool) -> list[Tensor]:
         """Sums of losses by micro batch, on the last pipeline stage."""
@@ -142,11 +145,12 @@ def _sum_losses(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor
     return total, (weights > 0).sum().to(torch.int), total.detach()
 
 
-def _over_all_ranks(parts: Sequence[Tensor]) -> float:
-    """The sum of what the last pipeline stages of all data and context parallel ranks hold."""
-    total = torch.zeros((), dtype=torch.float64, device=megatron_cpu.device())
-    for part in parts:
-        total += part.double()
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(total)
+def _over_all_ranks(parts: Sequence[Tensor]) -> tuple[float, float]:
+    """The sum of what the last pipeline stages of all data and context parallel ranks hold, and the
+    largest memory of a rank; tensor parallel ranks hold the same parts, of which one counts."""
+    total = torch.zeros(1, dtype=torch.float64, device=megatron_cpu.device())
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for part in parts:
+            total += part.double()
+    total, memory = sums_and_memory(total)
+    return float(total), memory

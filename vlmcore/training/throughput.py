@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from vlmcore.families import LanguageModel
 from vlmcore.recipe.train_stage import TrainStage
+
+LARGEST_MEMORY = "largest_rank_memory_mb"  # in the log: the peak of the rank with the largest
 
 # Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets; the first name found decides.
 PEAK_TFLOPS = {
@@ -32,7 +35,7 @@ class Throughput:
     stage: TrainStage
 
     def __call__(self, counts: Mapping[str, Any], *, step_s: float) -> dict[str, float]:
-        """Speed and memory of a step, and how full its packed rows are.
+        """Speed of a step, and how full its packed rows are.
 
         Args:
             counts: Its tokens, trained tokens, pairs of tokens that attend, and samples, over all
@@ -45,7 +48,6 @@ class Throughput:
             "tokens_per_s": counts["tokens"] / step_s,
             "samples_per_s": counts["samples"] / step_s,
             "tflops_per_rank": tflops / dist.get_world_size(),
-            "peak_memory_mb": peak_memory_mb(),
         }
         if self.stage.packing:
             room = self.stage.global_batch_size * self.stage.max_length
@@ -73,8 +75,26 @@ class Throughput:
         return float(passes * (layers + head) + 3 * attention)
 
 
+def sums_and_memory(sums: Tensor) -> tuple[Tensor, float]:
+    """Sums over all ranks, and the peak memory of the rank with the largest, in one reduction.
+
+    Each rank's memory has an element of its own, which the others leave 0.
+
+    Args:
+        sums: This rank's, float64 [N].
+
+    Returns:
+        [N], and MB.
+    """
+    memory = sums.new_zeros(dist.get_world_size())
+    memory[dist.get_rank()] = peak_memory_mb()
+    everyone = torch.cat([sums, memory])
+    dist.all_reduce(everyone)
+    return everyone[: len(sums)], float(everyone[len(sums) :].max())
+
+
 def peak_memory_mb() -> float:
-    """The largest memory so far: the GPU's where there is one, else this process's."""
+    """The largest memory of this rank so far: its GPU's where there is one, else its process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -19,9 +19,11 @@ from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.counts import counts_of, num_real
 from vlmcore.training.freeze_groups import group_rates
 from vlmcore.training.job import TrainJob
+from vlmcore.training.own_weights import OwnWeights
 from vlmcore.training.packed_model import PackedModel, RowLosses, row_inputs
 from vlmcore.training.schedule import learning_rate
 from vlmcore.training.sharding import Fsdp, Replicas, Sharding, Zero
+from vlmcore.training.throughput import LARGEST_MEMORY, sums_and_memory
 from vlmcore.training.transformers_model import (
     build,
     trainable_table,
@@ -52,8 +54,8 @@ def prepare(
             f"train.{stage.name}: {model_dir} is no HF model folder, which engine transformers "
             f"reads; convert it first: vlmflow convert to-hf"
         )
-    packed = build(stage, model_dir, idle_inputs=idle_inputs or {})
-    return TransformersTraining(packed, stage, family_of(read_config(model_dir)))
+    packed, own = build(stage, model_dir, idle_inputs=idle_inputs or {})
+    return TransformersTraining(packed, stage, family_of(read_config(model_dir)), own)
 
 
 class TransformersTraining:
@@ -63,16 +65,19 @@ class TransformersTraining:
         packed: From `build`.
         stage: How it is trained, and how ranks share it.
         family: The model's.
+        own: From `build`.
     """
 
-    def __init__(self, packed: PackedModel, stage: TrainStage, family: Family) -> None:
+    def __init__(
+        self, packed: PackedModel, stage: TrainStage, family: Family, own: OwnWeights | None
+    ) -> None:
         self.stage = stage
         self.trainable = trainable_table(packed.model, family)
         self.num_layers = len(packed.decoder.layers)
         self.weighs_routers = bool(stage.moe_aux_loss_coeff or stage.moe_z_loss_coeff) and (
             packed.has_experts
         )
-        self.sharding = _share(packed, stage, family)
+        self.sharding = _share(packed, stage, family, own)
         self.peaks = [group["lr"] for group in self.sharding.optimizer.param_groups]
         self.done = 0
         self.taken: Path | None = None
@@ -105,7 +110,7 @@ class TransformersTraining:
 
         Returns:
             On every rank the same: loss (a mean over trained tokens of all ranks), gradient norm,
-            the routers' losses, and counts over all ranks.
+            the routers' losses, counts over all ranks, and the largest memory of a rank.
         """
         counts = counts_of(batch)
         place = megatron_cpu.device()
@@ -118,11 +123,12 @@ class TransformersTraining:
         grad_norm = self.sharding.update()
         self.done += 1
         self._set_rates()
-        dist.all_reduce(sums)
+        sums, memory = sums_and_memory(sums)
         outcome = {
             "loss": float(sums[0]) / max(counts["loss_tokens"], 1),
             "grad_norm": grad_norm,
             "updated": True,
+            LARGEST_MEMORY: memory,
             **counts,
         }
         if self.weighs_routers:
@@ -203,15 +209,17 @@ class TransformersTraining:
             group["lr"] = self._rate(peak)
 
 
-def _share(packed: PackedModel, stage: TrainStage, family: Family) -> Sharding:
+def _share(
+    packed: PackedModel, stage: TrainStage, family: Family, own: OwnWeights | None
+) -> Sharding:
     """The model over the ranks, as the stage says."""
 
     def grouping(model: PackedModel) -> list[dict[str, Any]]:
         return param_groups(model, stage, family)
 
     if stage.deepspeed is not None:
-        return Zero(packed, grouping, stage)
-    return (Fsdp if stage.fsdp else Replicas)(packed, grouping, stage)
+        return Zero(packed, grouping, stage, own)
+    return Replicas(packed, grouping, stage) if own is None else Fsdp(packed, grouping, stage, own)
 
 
 def param_groups(packed: PackedModel, stage: TrainStage, family: Family) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from vlmcore.training.freeze_groups import (
     require_trainable,
 )
 from vlmcore.training.job import ADAPTER, TrainJob
+from vlmcore.training.own_weights import OwnWeights, build_hollow, zeros_lent
 from vlmcore.training.packed_model import PackedModel
 from vlmcore.weights.adapter_plan import plan_adapters
 from vlmcore.weights.adapters import FreshAdapter, write_peft
@@ -38,8 +39,13 @@ MODEL = "model."  # before a transformers name in PackedModel
 _MAX_SHARD_SIZE = "4GB"
 
 
-def build(stage: TrainStage, hf_dir: Path, *, idle_inputs: Mapping[str, Tensor]) -> PackedModel:
+def build(
+    stage: TrainStage, hf_dir: Path, *, idle_inputs: Mapping[str, Tensor]
+) -> tuple[PackedModel, OwnWeights | None]:
     """The stage's model on this rank's device, with what it trains marked.
+
+    Where ranks share weights out, those of the folder have no memory yet; what fills them comes
+    with it.
 
     Raises:
         TrainError: Nothing is trainable, or the tuner cannot run here or on this model.
@@ -47,11 +53,16 @@ def build(stage: TrainStage, hf_dir: Path, *, idle_inputs: Mapping[str, Tensor])
     """
     family = family_of(read_config(hf_dir))
     adapters = _refuse_before_loading(stage, hf_dir, family)
-    model = load(stage, hf_dir, family, quantized=stage.tuner_type == "qlora")
+    own = None
+    if stage.fsdp is not None or stage.shares_weights_by_deepspeed:
+        own = OwnWeights(hf_dir, getattr(torch, stage.torch_dtype))
+        model = build_hollow(stage, hf_dir, family)
+    else:
+        model = load(stage, hf_dir, family, quantized=stage.tuner_type == "qlora")
     if adapters is None:
         apply_freezes(model, family, stage)
     else:
-        _adapt(model, adapters, stage, hf_dir, family)
+        _adapt(model, adapters, stage, hf_dir, family, own)
     seeing = family.vision is not None
     packed = PackedModel(
         model,
@@ -62,11 +73,12 @@ def build(stage: TrainStage, hf_dir: Path, *, idle_inputs: Mapping[str, Tensor])
         gathers=stage.shares_weights_by_deepspeed,
     )
     if stage.tuner_type != "qlora":  # quantized weights were put there as they were loaded
-        packed.to(megatron_cpu.device())
+        place = megatron_cpu.device()
+        packed._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(place))
     _keep_reached(packed, idle_inputs, always=stage.shares_weights_by_deepspeed)
     _recompute(packed, stage)
     packed.train()
-    return packed
+    return packed, own
 
 
 def load(stage: TrainStage, hf_dir: Path, family: Family, *, quantized: bool = False) -> Any:
@@ -190,19 +202,26 @@ def _adapters(stage: TrainStage, hf_dir: Path) -> LoraConfig:
 
 
 def _adapt(
-    model: Any, adapters: LoraConfig, stage: TrainStage, hf_dir: Path, family: Family
+    model: Any,
+    adapters: LoraConfig,
+    stage: TrainStage,
+    hf_dir: Path,
+    family: Family,
+    own: OwnWeights | None,
 ) -> None:
-    """Puts untrained adapters onto a loaded model; beside them only what `lora_llm` trains."""
+    """Puts untrained adapters onto a model; beside them only what `lora_llm` trains."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
     tuned = _with_adapters(model, adapters)
     plan = plan_adapters(hf_dir, adapter_config(stage, hf_dir))
     with tempfile.TemporaryDirectory() as folder:
         write_peft(FreshAdapter(plan, seed=stage.seed), Path(folder) / ADAPTER)
-        result: Any = set_peft_model_state_dict(
-            tuned, load_peft_weights(str(Path(folder) / ADAPTER))
-        )
-    assert not result.unexpected_keys, result.unexpected_keys
+        untrained = load_peft_weights(str(Path(folder) / ADAPTER))
+    if own is None:
+        result: Any = set_peft_model_state_dict(tuned, untrained)
+        assert not result.unexpected_keys, result.unexpected_keys
+    else:
+        own.adapters = untrained
     frozen = frozen_groups(stage)
     for name, weight in model.named_parameters():
         group = family.group_of(name)
@@ -223,19 +242,21 @@ def _keep_reached(packed: PackedModel, idle_inputs: Mapping[str, Tensor], *, alw
     if packed.placeholders is None or not idle_inputs:
         return
     vision = packed.vision
-    side = {
+    weights = [
         weight
         for name, weight in vision.named_parameters()
-        if weight.requires_grad and not name.startswith("language_model.")
-    }
+        if not name.startswith("language_model.")
+    ]
+    side = {weight for weight in weights if weight.requires_grad}
     if not (side or always):
         return
     place = megatron_cpu.device()
     packed.idle_inputs = {name: value.to(place) for name, value in idle_inputs.items()}
     if side:
-        lost = unreached_weights(
-            vision, packed.idle_inputs, packed.placeholders, dtype=packed.dtype
-        )
+        with zeros_lent(weights):
+            lost = unreached_weights(
+                vision, packed.idle_inputs, packed.placeholders, dtype=packed.dtype
+            )
         for weight in side.intersection(lost):
             weight.requires_grad_(False)  # else weight decay alone would move it
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vlmcore.families.base import MixtureOfExperts
+from vlmcore.families.base import Config, Family, MixtureOfExperts
+from vlmcore.families.rows import StackExperts
 
 Shape = tuple[int, ...]
 
@@ -89,3 +90,22 @@ def experts_layout(
         if found[key] != expected[key]
     ]
     return ExpertsLayout(tuple(found), faults=tuple(faults))
+
+
+def layouts_of_experts(
+    family: Family, config: Config, shapes: Mapping[str, Shape]
+) -> list[ExpertsLayout]:
+    """How each layer's experts are laid out in tensors of these names (in memory) and shapes."""
+    model = family.language_model(config)
+    found = []
+    for row in (row for row in family.rows(config) if isinstance(row, StackExperts)):
+        for layer in range(model.num_layers):
+            prefix = row.hf.replace("{layer}", str(layer))
+            below = {key: shape for key, shape in shapes.items() if key.startswith(prefix)}
+            assert model.moe is not None
+            layout = experts_layout(
+                prefix, below, moe=model.moe, hidden_size=model.hidden_size, name=family.disk_key
+            )
+            assert not layout.faults, layout.faults  # the architecture has been checked
+            found.append(layout)
+    return found
