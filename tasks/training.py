@@ -13,10 +13,8 @@ from typing import Any
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
 from vlmcore.layout import Layout
-from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
-from vlmcore.weights.sidecar import config_dir
 
 LOSS_PLOT = "loss.svg"
 # a checkpoint is taken up at any other layout
@@ -36,13 +34,8 @@ def train(
         model: Where it starts from.
         datasets: Energon datasets.
         weights: How often each dataset is drawn from, relative to the others.
-
-    Raises:
-        TrainError: The layout does not divide the model.
     """
     name = f"train.{stage.name}"
-    if isinstance(model, ArtifactRef):  # known to a plan too, unless the model is yet to be made
-        require_layout(config_dir(model.path), stage.layout, training=True)
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch

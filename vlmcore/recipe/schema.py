@@ -346,6 +346,7 @@ class Recipe(Section):
                 for name in stage.data
                 if name not in self.data
             ]
+            faults += [(("train", index, field), text) for field, text in self._undealt(stage)]
             if stage.model == "llm" and self.model.llm is None:
                 text = "`llm` is trained, but model.llm is empty; name a donor LLM"
                 faults.append((("train", index, "model"), text))
@@ -353,6 +354,18 @@ class Recipe(Section):
                 text = "stages with `model: llm` come before the swap; move this one to the front"
                 faults.append((("train", index, "model"), text))
         return faults
+
+    def _undealt(self, stage: TrainStage) -> Iterable[tuple[str, str]]:
+        """Splits that a stage reads although its datasets are told to give them no sample."""
+        read = {"data": "train"}
+        if stage.eval_interval is not None:
+            read["eval_interval"] = stage.eval_split
+        for name in stage.data:
+            ratios = self.data[name].split_ratios if name in self.data else None
+            for field, split in read.items():
+                if ratios and not ratios[("train", "val", "test").index(split)]:
+                    found = f"data.{name}.split_ratios {list(ratios)} gives {split} nothing"
+                    yield field, f"{found}, but the stage reads it; give it a part"
 
     def _evaluate_faults(self) -> list[Fault]:
         faults: list[Fault] = []
