@@ -54,6 +54,8 @@ def train(
             scratch_dir=context.scratch,
             cache_dir=run.store.encoded_samples if stage.cache_encoded_samples else None,
         )
+        if job.cache_dir is not None:
+            _make_room(run, name, job.cache_dir, max_bytes=stage.max_encoded_bytes)
         job_file = context.scratch / "job.json"
         job_file.write_text(job.model_dump_json(indent=1))
         nodes = nodes_of(stage)
@@ -84,6 +86,13 @@ def train(
         resumable=True,
         resumes_over=_LAYOUT,
     )
+
+
+def _make_room(run: Run, name: str, cache_dir: Path, *, max_bytes: int) -> None:
+    from vlmcore.dataloading.cache_room import make_room
+
+    if removed := make_room(cache_dir, max_bytes):
+        run.note(name, f"removed {removed / 1e6:,.1f} MB of encoded samples, the longest unused")
 
 
 def _report(run: Run, name: str, values: Mapping[str, Any]) -> None:
