@@ -346,7 +346,7 @@ class Recipe(Section):
                 for name in stage.data
                 if name not in self.data
             ]
-            faults += [(("train", index, field), text) for field, text in self._undealt(stage)]
+            faults += [(("train", index, field), text) for field, text in self._unreadable(stage)]
             if stage.model == "llm" and self.model.llm is None:
                 text = "`llm` is trained, but model.llm is empty; name a donor LLM"
                 faults.append((("train", index, "model"), text))
@@ -355,13 +355,18 @@ class Recipe(Section):
                 faults.append((("train", index, "model"), text))
         return faults
 
-    def _undealt(self, stage: TrainStage) -> Iterable[tuple[str, str]]:
-        """Splits that a stage reads although its datasets are told to give them no sample."""
+    def _unreadable(self, stage: TrainStage) -> Iterable[tuple[str, str]]:
+        """What a stage reads of its datasets although it is told not to be there."""
         read = {"data": "train"}
         if stage.eval_interval is not None:
             read["eval_interval"] = stage.eval_split
         for name in stage.data:
-            ratios = self.data[name].split_ratios if name in self.data else None
+            if name not in self.data:
+                continue
+            kind, ratios = self.data[name].sample_type, self.data[name].split_ratios
+            if kind != "chat":
+                text = f"data.{name}.sample_type is {kind}, which other trainers read"
+                yield "data", f"{text}; set it to chat"
             for field, split in read.items():
                 if ratios and not ratios[("train", "val", "test").index(split)]:
                     found = f"data.{name}.split_ratios {list(ratios)} gives {split} nothing"
