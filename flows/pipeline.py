@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.faults import machine_faults, model_faults, refuse
 from flows.request import Request
-from flows.training_faults import machine_faults, model_faults, refuse
 from tasks.caching import Ref, Run, UntilReached, matches
 from tasks.convert import export, precision, to_mcore
 from tasks.data import audit, energon, holdout, holdout_of_shards, raw_dataset, shards

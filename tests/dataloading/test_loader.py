@@ -270,7 +270,7 @@ def test_a_process_that_would_read_nothing_is_refused(loader: Loader, tmp_path: 
     for rank in (0, 1):
         ranks = {"data_parallel_size": 2, "data_parallel_rank": rank}
         assert take(loader(few, **ranks, num_workers=2), 1)
-    words = "few.*: fewer samples than the 2 data parallel ranks with 3 loader processes each"
+    words = r"few.*: fewer samples than processes that read them \(2 data parallel ranks × 3\)"
     with pytest.raises(DataError, match=words):
         for rank in (0, 1):  # one of them has enough
             loader(few, data_parallel_size=2, data_parallel_rank=rank, num_workers=3)

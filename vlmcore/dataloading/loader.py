@@ -145,10 +145,10 @@ def train_loader(
     except EmptyDatasetError as error:
         raise DataError(f"{_named(datasets)}: no sample is in the train split") from error
     if not all(dataset.len_worker(worker) for worker in range(max(1, num_workers))):
+        readers = f"{data_parallel_size} data parallel ranks × {max(1, num_workers)}"
         raise DataError(
-            f"{_named(datasets)}: fewer samples than the {data_parallel_size} data parallel ranks "
-            f"with {max(1, num_workers)} loader processes each that read them; give it more, or "
-            f"lower nproc_per_node or dataloader_num_workers"
+            f"{_named(datasets)}: fewer samples than processes that read them ({readers}); give it "
+            f"more, or lower nproc_per_node or dataloader_num_workers"
         )
     read_shards_directly(dataset)
     return get_savable_loader(

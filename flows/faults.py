@@ -1,4 +1,4 @@
-"""What the ranks would refuse of a recipe's stages, told all at once before any stage starts.
+"""What ranks and servers would refuse of a recipe, told all at once before any stage starts.
 
 It takes the donors' files: those of a local folder, or what the store has of them. Of a donor that
 is still to be fetched or built nothing is known yet; it is looked at as soon as it is there.
@@ -10,8 +10,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.caching import Ref
-from vlmcore.errors import TrainError, WeightError
+from tasks.caching import Ref, matches
+from vlmcore.errors import MissingExtraError, TrainError, WeightError
 from vlmcore.recipe import Recipe
 from vlmcore.recipe.schema import Convert
 from vlmcore.surgery.donors import local_donor
@@ -52,10 +52,17 @@ def model_faults(recipe: Recipe, *, vlm: Ref, llm: Ref) -> list[str]:
 
 def machine_faults(recipe: Recipe, to_run: Collection[str]) -> list[str]:
     """What the stages that are to run need that this machine, which would run them, lacks."""
+    from vlmcore.serving.engines import pick_engine
     from vlmcore.training import stage_fit
 
     stages = [stage for stage in recipe.train if f"train.{stage.name}" in to_run]
-    return [fault for stage in stages for fault in stage_fit.machine_faults(stage)]
+    faults = [fault for stage in stages for fault in stage_fit.machine_faults(stage)]
+    if any(matches(name, "evaluate") for name in to_run):
+        try:
+            pick_engine(recipe.serve.engine)
+        except MissingExtraError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _outlines(recipe: Recipe, *, vlm: Ref, llm: Ref) -> tuple[dict[str, ModelOutline], list[str]]:

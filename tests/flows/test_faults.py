@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from flows.faults import machine_faults
 from flows.pipeline import run_pipeline
 from tasks.caching import Run
 from vlmcore.artifacts import Store
 from vlmcore.errors import TrainError
 from vlmcore.recipe import load_recipe
+from vlmcore.serving import engines
 
 TinyModel = Callable[..., Path]
 TRAIN: dict[str, Any] = {"data": ["d"], "train_iters": 1}
@@ -93,3 +95,13 @@ def test_donors_that_no_shell_holds_are_refused_with_the_other_faults(
     assert "2 faults" in done.stderr and "Traceback" not in done.stderr
     assert "model: qwen2 into qwen3_vl: " in done.stderr
     assert "train.teach: target_modules: qproj" in done.stderr
+
+
+def test_a_server_that_is_not_installed_is_missed_before_the_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("handwritten_numbers", ["serve.engine=vllm"])
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    (fault,) = machine_faults(recipe, ["train.full", "evaluate.full.holdout"])
+    assert "serve.engine is vllm, but vLLM is not installed" in fault
+    assert machine_faults(recipe, ["train.full"]) == []
