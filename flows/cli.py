@@ -19,6 +19,7 @@ from rich.console import Console
 
 from flows.convert_command import convert_app
 from flows.data_command import data_app
+from flows.json_output import print_json
 from flows.swap_command import swap
 from vlmcore.errors import GateError, VlmflowError
 
@@ -104,7 +105,7 @@ def run(
         report=report.path / "report.html" if report else None,
     )
     if json_:
-        _print_json(
+        print_json(
             {
                 "stages": [
                     {"name": o.name, "state": o.state, "seconds": o.seconds, "digest": o.digest}
@@ -179,7 +180,7 @@ def plan(
 
     planned, _ = walk_dry(request)
     if json_:
-        _print_json(
+        print_json(
             {
                 "stages": [
                     {"name": o.name, "state": o.state, "digest": o.digest, "why": list(o.reasons)}
@@ -223,7 +224,7 @@ def recipe_schema() -> None:
     """The JSON schema of a recipe: every field with its meaning, unit and default."""
     from vlmcore.recipe import Recipe
 
-    _print_json(Recipe.model_json_schema())
+    print_json(Recipe.model_json_schema())
 
 
 @recipe_app.command("check")
@@ -242,7 +243,7 @@ def artifacts_list(store: StoreOption = None, json_: JsonOption = False) -> None
     records = found.artifacts()
     encoded, encoded_bytes = found.encoded_samples, found.encoded_samples_bytes()
     if json_:
-        _print_json(
+        print_json(
             {
                 "artifacts": [record.model_dump(mode="json") for record in records],
                 "encoded_samples": {"path": str(encoded), "size_bytes": encoded_bytes},
@@ -280,7 +281,7 @@ def artifacts_show(
     found = _store(store)
     manifest = found.show(name)
     if json_:
-        _print_json(manifest.model_dump(mode="json"))
+        print_json(manifest.model_dump(mode="json"))
         return
     out = Console()
     out.print(f"[bold]{manifest.stage}[/]  {found.ref(manifest).path}", soft_wrap=True)
@@ -303,7 +304,7 @@ def artifacts_verify(store: StoreOption = None, json_: JsonOption = False) -> No
             {"stage": b.stage, "digest": b.digest, "path": str(b.path), "cause": b.cause}
             for b in bad
         ]
-        _print_json({"bad": rows})
+        print_json({"bad": rows})
     for one in bad:
         console.print(f"[bold red]bad[/]  {one}", highlight=False, soft_wrap=True)
     if bad:
@@ -328,7 +329,7 @@ def artifacts_lineage(
         for depth, node in root.walk()
     ]
     if json_:
-        _print_json({"lineage": rows})
+        print_json({"lineage": rows})
         return
     for row in rows:
         typer.echo(f"{'  ' * row['depth']}{row['stage']}  {row['digest'][:12]}")
@@ -347,11 +348,6 @@ def _readable(size_bytes: float) -> str:
             return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1000
     return f"{size_bytes:.1f} TB"
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
 
 
 def main() -> None:

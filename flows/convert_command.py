@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
+
+from flows.json_output import print_json
 
 if TYPE_CHECKING:
     from vlmcore.layout import Layout
@@ -139,7 +139,7 @@ def merge_lora_command(
     with console.status("merging …"):
         report = merge_adapter(base, source, target, max_shard_size=max_shard_size)
     if json_:
-        sys.stdout.write(json.dumps(report) + "\n")
+        print_json(report)
     console.print(
         f"{target}: {report['keys_written']} tensors, {len(report['merged'])} of them changed",
         highlight=False,
@@ -195,7 +195,7 @@ def _finish(report: dict[str, Any], target: Path, *, json_: bool) -> None:
         typer.Exit: With code 1, where the precision test failed.
     """
     if json_:
-        sys.stdout.write(json.dumps(report) + "\n")
+        print_json(report)
     rate = report["bytes"] / max(report["seconds"], 1e-3) / 1e9
     again = f", {report['resumed']} units were there already" if report["resumed"] else ""
     console.print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from flows.json_output import print_json
 from vlmcore.errors import DataError
 
 data_app = typer.Typer(
@@ -122,7 +122,7 @@ def convert(
         )
     num_shards = sum(map(len, report.shards.values()))
     if json_:
-        _print_json(
+        print_json(
             {
                 "samples": sum(report.samples.values()),
                 "shards": num_shards,
@@ -179,7 +179,7 @@ def prepare(
     )
     report = prepare_in_place(dst, dataset)
     if json_:
-        _print_json({"samples": report.samples, "shards": report.shards, "path": str(dst)})
+        print_json({"samples": report.samples, "shards": report.shards, "path": str(dst)})
         return
     for name, number in report.samples.items():
         typer.echo(f"{name}: {number:,} samples, shards: {len(report.shards[name])}")
@@ -220,7 +220,7 @@ def audit(
     write_page(describe(found), page, title=dst.resolve().name)
     figures = found.figures()
     if json_:
-        _print_json({**figures, "page": str(page)})
+        print_json({**figures, "page": str(page)})
         return
     for name in ("samples", "images", "dropped", "undecodable", "duplicates", "near_duplicates"):
         typer.echo(f"{name.replace('_', ' ')}: {_shown(figures[name])}")
@@ -276,8 +276,3 @@ def _shown(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {number:,}" for key, number in value.items()) or "0"
     return f"{value:,}"
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from flows.faults import machine_faults, model_faults, refuse
 from flows.request import Request
 from tasks.caching import Ref, Run, UntilReached, matches
 from tasks.convert import export, precision, to_mcore
@@ -53,6 +54,7 @@ def plan(request: Request) -> tuple[Run, Results]:
 
     Raises:
         VlmflowError: The request names a stage that the pipeline does not have.
+        TrainError: Lists what the ranks would refuse of stages, as far as it can be known.
     """
     whole, results = _dry(request)
     names = [outcome.name for outcome in whole.outcomes]
@@ -63,10 +65,21 @@ def plan(request: Request) -> tuple[Run, Results]:
                 f"no stage is named {pattern!r}; the stages of {request.recipe.name} are: "
                 f"{', '.join(names)}"
             )
+    if any(outcome.state == "to run" for outcome in whole.outcomes):
+        refuse(_faults(request.recipe, whole))
     if request.start_from or request.until:
         until = _last_of(names, request.until)
         return _dry(request, start_from=request.start_from, until=until)
     return whole, results
+
+
+def _faults(recipe: Recipe, planned: Run) -> list[str]:
+    known = planned.artifacts
+    to_run = {outcome.name for outcome in planned.outcomes if outcome.state == "to run"}
+    return [
+        *model_faults(recipe, vlm=known["model.vlm"], llm=known.get("model.llm")),
+        *machine_faults(recipe, to_run),
+    ]
 
 
 def last_stage(request: Request) -> str | None:
@@ -113,9 +126,13 @@ def _walk(run: Run, recipe: Recipe, results: Results) -> None:
     for name, spec in recipe.data.items():
         audit(run, name, spec, shards=tars[name], holdouts=list(asked.values()))
 
-    model = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed)
+    model, llm = donor(run, "vlm", recipe.model.vlm, seed=recipe.seed), None
     if recipe.model.llm is not None:
-        llm = _taught_llm(run, recipe, data)
+        llm = donor(run, "llm", recipe.model.llm, seed=recipe.seed)
+    if not run.dry:  # a plan may have known less, where a donor had to be fetched
+        refuse(model_faults(recipe, vlm=model, llm=llm))
+    if recipe.model.llm is not None:
+        llm = _taught_llm(run, recipe, data, llm=llm)
         model = swap(run, vlm=model, llm=llm, seed=recipe.seed, shell=recipe.model.shell)
 
     checkpoints = {"swap": model}
@@ -175,9 +192,8 @@ def _for_training(
     return model
 
 
-def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref]) -> Ref:
+def _taught_llm(run: Run, recipe: Recipe, data: dict[str, Ref], *, llm: Ref) -> Ref:
     """The LLM donor, after the stages that train it before the swap."""
-    llm = donor(run, "llm", recipe.model.llm, seed=recipe.seed)
     stages = [stage for stage in recipe.train if stage.model == "llm"]
     if not stages:
         return llm

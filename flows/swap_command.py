@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flows.json_output import print_json
 from vlmcore.errors import WeightError
 
 
@@ -58,7 +57,7 @@ def swap(
         built.rename(out)  # last: a folder of this name is whole and proven
     if json_:
         seconds = round(time.perf_counter() - began, 3)
-        sys.stdout.write(json.dumps({"out": str(out), "wall_s": seconds, **proof}) + "\n")
+        print_json({"out": str(out), "wall_s": seconds, **proof})
         return
     ledger = proof["ledger"]
     console = Console(stderr=True)

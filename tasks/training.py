@@ -13,10 +13,8 @@ from typing import Any
 from tasks.caching import Ref, Run
 from vlmcore.artifacts import ArtifactRef, BuildContext
 from vlmcore.layout import Layout
-from vlmcore.models.fit import require_layout
 from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training.job import METRICS, TrainJob
-from vlmcore.weights.sidecar import config_dir
 
 LOSS_PLOT = "loss.svg"
 # a checkpoint is taken up at any other layout
@@ -36,13 +34,8 @@ def train(
         model: Where it starts from.
         datasets: Energon datasets.
         weights: How often each dataset is drawn from, relative to the others.
-
-    Raises:
-        TrainError: The layout does not divide the model.
     """
     name = f"train.{stage.name}"
-    if isinstance(model, ArtifactRef):  # known to a plan too, unless the model is yet to be made
-        require_layout(config_dir(model.path), stage.layout, training=True)
 
     def build(context: BuildContext) -> Mapping[str, Any]:
         from vlmcore.training.launch import launch
@@ -61,6 +54,8 @@ def train(
             scratch_dir=context.scratch,
             cache_dir=run.store.encoded_samples if stage.cache_encoded_samples else None,
         )
+        if job.cache_dir is not None:
+            _make_room(run, name, job.cache_dir, max_bytes=stage.max_encoded_bytes)
         job_file = context.scratch / "job.json"
         job_file.write_text(job.model_dump_json(indent=1))
         nodes = nodes_of(stage)
@@ -91,6 +86,13 @@ def train(
         resumable=True,
         resumes_over=_LAYOUT,
     )
+
+
+def _make_room(run: Run, name: str, cache_dir: Path, *, max_bytes: int) -> None:
+    from vlmcore.dataloading.cache_room import make_room
+
+    if removed := make_room(cache_dir, max_bytes):
+        run.note(name, f"removed {removed / 1e6:,.1f} MB of encoded samples, the longest unused")
 
 
 def _report(run: Run, name: str, values: Mapping[str, Any]) -> None:

@@ -43,6 +43,8 @@ def read_turns(value: object, read: TurnReader, media: dict[str, list[Media]]) -
     Raises:
         BadRowError: `bad_row` where it is no list of objects.
     """
+    if value is None:
+        raise BadRowError("bad_row", "it has no turns; format: auto goes by the columns it has")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise BadRowError("bad_row", "the turns are not a list of objects")
     return [read(turn, media) for turn in value]

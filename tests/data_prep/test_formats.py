@@ -17,6 +17,7 @@ from data_prep.samples import RowReader
 from data_prep.shards import write_shards
 from data_prep.tars import read_tar_samples
 from tests.data_prep.conftest import gradient
+from vlmcore.errors import DataError
 
 
 def jpeg(width=40, height=30):
@@ -217,6 +218,13 @@ def test_auto_tells_the_format_by_the_columns(folder, row, expected):
     write_lines(folder, row)
     ((_, conversation, _),) = stored(folder, "auto")
     assert said(conversation) == expected
+
+
+@pytest.mark.parametrize("name", ["messages", "sharegpt"])
+def test_rows_of_another_layout_are_refused_with_the_way_to_it(folder, name):
+    write_lines(folder, {"text": "Once"})
+    with pytest.raises(DataError, match="bad_row.*it has no turns; format: auto goes by"):
+        stored(folder, name)
 
 
 def test_webdataset_members_are_taken_as_they_are(folder):

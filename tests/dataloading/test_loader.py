@@ -13,6 +13,7 @@ import torch
 from megatron.energon import SkipSample
 
 from tests.dataloading.conftest import SHELLS, Encoders
+from tests.tiny.datasets import numbers_dataset
 from tests.tiny.rows import noise
 from vlmcore.dataloading import task_encoder as task_encoder_module
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder, dummy_vision_inputs
@@ -41,7 +42,12 @@ def loader(encoder: ConversationEncoder, tiny_dataset: Path, tmp_path: Path) -> 
     built = []
 
     def build(
-        *, max_length: int = MAX_LENGTH, multiple: int = 1, copies: int = 1, **changed: Any
+        dataset: Path = tiny_dataset,
+        *,
+        max_length: int = MAX_LENGTH,
+        multiple: int = 1,
+        copies: int = 1,
+        **changed: Any,
     ) -> Any:
         options = {
             "micro_batch_size": 1,
@@ -52,11 +58,11 @@ def loader(encoder: ConversationEncoder, tiny_dataset: Path, tmp_path: Path) -> 
             "blend_file": tmp_path / "blend.yaml",
         }
         task_encoder = ConversationTaskEncoder(encoder, max_length=max_length, multiple=multiple)
-        datasets = {tiny_dataset: 1.0}
+        datasets = {dataset: 1.0}
         for index in range(1, copies):  # the same one under another name
             link = tmp_path / f"copy{index}"
             if not link.exists():
-                link.symlink_to(tiny_dataset)
+                link.symlink_to(dataset)
             datasets[link] = 1.0
         built.append(train_loader(datasets, task_encoder, **(options | changed)))
         return built[-1]
@@ -257,6 +263,25 @@ def test_a_dataset_that_does_not_fit_stops_and_says_why(
     monkeypatch.setattr(task_encoder_module, "MAX_SKIPS_IN_A_ROW", 40)
     with pytest.raises(DataError, match="40 samples in a row cannot be trained on: 40 too_long"):
         take(loader(max_length=5), 1)
+
+
+def test_a_process_that_would_read_nothing_is_refused(loader: Loader, tmp_path: Path) -> None:
+    few = numbers_dataset(tmp_path / "few", train=4)
+    for rank in (0, 1):
+        ranks = {"data_parallel_size": 2, "data_parallel_rank": rank}
+        assert take(loader(few, **ranks, num_workers=2), 1)
+    words = r"few.*: fewer samples than processes that read them \(2 data parallel ranks × 3\)"
+    with pytest.raises(DataError, match=words):
+        for rank in (0, 1):  # one of them has enough
+            loader(few, data_parallel_size=2, data_parallel_rank=rank, num_workers=3)
+
+
+def test_a_dataset_that_holds_everything_out_is_refused(loader: Loader, tmp_path: Path) -> None:
+    folder = numbers_dataset(tmp_path / "none", train=4)
+    split = folder / ".nv-meta" / "split.yaml"
+    split.write_text("split_parts: {train: [], val: [train-000000.tar], test: []}\nexclude: []\n")
+    with pytest.raises(DataError, match="none.*: no sample is in the train split"):
+        loader(folder)
 
 
 def test_a_longer_sample_may_be_cut_instead(encoders: Encoders) -> None:

@@ -1,7 +1,6 @@
 """Tokens and tensors of images and videos, beside what each family's processor says."""
 
 import io
-import struct
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 from tests.dataloading.conftest import SHELLS, VIDEO, Encoders
 from tests.tiny.rows import noise, token_sample
 from vlmcore.dataloading.encode import ConversationEncoder
-from vlmcore.dataloading.media import MediaLimits, MediaProcessor, Medium, image_size, open_image
+from vlmcore.dataloading.media import MediaLimits, MediaProcessor, Medium
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
 from vlmcore.dataloading.video import VideoInfo, frames_at, probe_video
 from vlmcore.errors import DataError
@@ -220,24 +219,6 @@ def test_frames_are_those_at_the_times(video_file: bytes) -> None:
     assert levels.round().tolist() == [0, 6, 6, 22, 22, 22]  # the codec is lossy
 
 
-def test_an_image_is_read_as_it_is_shown() -> None:
-    stored = noise((40, 20))
-    turned = Image.Exif()
-    turned[274] = 6  # to be turned by a quarter
-    data = {}
-    for kind in ("JPEG", "PNG"):
-        out = io.BytesIO()
-        stored.save(out, kind, exif=turned)
-        data[kind] = out.getvalue()
-        assert image_size(data[kind]) == open_image(data[kind]).size == (20, 40)
-    rotated = stored.transpose(Image.Transpose.ROTATE_270)
-    assert np.array_equal(np.array(open_image(data["PNG"])), np.array(rotated))
-    out = io.BytesIO()
-    stored.convert("L").save(out, "PNG")
-    assert image_size(out.getvalue()) == (40, 20)
-    assert open_image(out.getvalue()).mode == "RGB"
-
-
 def test_the_smallest_image_is_one_that_the_model_can_see(
     encoders: Encoders, tiny_model: Any, shell: str
 ) -> None:
@@ -280,13 +261,3 @@ def test_features_of_a_row_are_those_of_its_samples(
     assert int((row.input_ids == tokens.image).sum()) == len(expected)
     # matrix products over more rows add up in another order
     torch.testing.assert_close(whole.embedded, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_a_png_without_size_or_cut_off_is_no_image() -> None:
-    out = io.BytesIO()
-    Image.new("RGB", (7, 5)).save(out, "PNG")
-    whole = out.getvalue()
-    assert image_size(whole) == (7, 5)
-    for broken in (whole[:20], whole[:16] + bytes(4) + whole[20:]):
-        with pytest.raises((OSError, SyntaxError, ValueError, struct.error)):
-            image_size(broken)

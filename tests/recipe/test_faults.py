@@ -440,3 +440,26 @@ def test_a_recipe_error_has_no_chain_of_library_errors(write) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write("name: 5\n"))
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    ("ratios", "override", "field", "split"),
+    [
+        ("[9, 0, 1]", "train.full.eval_interval=5", "train.full.eval_interval", "val"),
+        ("[0, 9, 1]", "train.full.train_iters=5", "train.full.data", "train"),
+    ],
+    ids=["held out", "trained on"],
+)
+def test_a_split_that_is_given_nothing_is_not_read(
+    good, write, faults, ratios, override, field, split
+):
+    write(good.replace("max_bad_ratio: 0.05", f"split_ratios: {ratios}"))
+    (fault,) = [fault for fault in faults("recipe.yaml", override) if field in fault]
+    assert f"gives {split} nothing, but the stage reads it; give it a part" in fault
+
+
+def test_samples_for_other_trainers_are_not_trained_on(write, faults):
+    write()
+    told = faults("recipe.yaml", "data.numbers.sample_type=vqa")
+    assert all("data.numbers.sample_type is vqa, which other trainers read" in one for one in told)
+    assert len(told) == 2  # stages

@@ -134,6 +134,7 @@ STAGE = {"name": "x", "data": ("d",), "train_iters": 1}
         ({"optimizer_cpu_offload": True, "torch_dtype": "float16"}, "optimizer_cpu_offload",
          "needs torch_dtype bfloat16, found float16"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end", "needs eval_interval"),
+        ({"max_encoded_bytes": 9}, "max_encoded_bytes", "only with cache_encoded_samples"),
         ({"master_addr": "first"}, "master_addr", "only for nnodes above 1"),
         ({"nnodes": 3, "tensor_model_parallel_size": 8}, "tensor_model_parallel_size",
          "8 does not divide nnodes × nproc_per_node = 12"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tasks.caching import Ref, Run, Watcher
-from tasks.training import _figures, _what_trains, train
+from tasks.training import _figures, _make_room, _what_trains, train
 from tests.tiny.megatron import stage
 from vlmcore import proc
 from vlmcore.artifacts import BuildContext, Store
@@ -160,3 +160,17 @@ def test_encoded_samples_stand_in_the_store_and_change_no_key(
     assert listed() == {"path": str(store.encoded_samples), "size_bytes": size}
     assert store.verify() == []
     assert run_stage(cache_encoded_samples=False) == "cached"
+
+
+def test_a_stage_says_what_of_the_encoded_samples_it_removes(tmp_path: Path) -> None:
+    watcher = Interrupts(None)
+    store = Store(tmp_path / "store")
+    run = Run(store, log_dir=tmp_path / "logs", watcher=watcher)
+    for i in range(4):
+        path = store.encoded_samples / "ab" / f"{i:030x}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 2_000_000)
+    _make_room(run, "train.s", store.encoded_samples, max_bytes=5_000_000)
+    _make_room(run, "train.s", store.encoded_samples, max_bytes=5_000_000)
+    assert watcher.notes == ["removed 4.0 MB of encoded samples, the longest unused"]
+    assert store.encoded_samples_bytes() == 4_000_000

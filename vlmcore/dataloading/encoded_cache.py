@@ -2,9 +2,8 @@
 
 An entry is one file, written beside its place and then renamed. It begins with the digest of what
 follows, so nothing needs to be synced or locked: what a kill, a power cut or a bad disk leaves is
-no entry, and is made anew. SQLite reads and writes small entries faster, but those of pictures at
-half the speed and less, and its WAL mode does not work on network filesystems
-(https://sqlite.org/wal.html).
+no entry, and is made anew. SQLite reads and writes small entries faster, but those of pictures more
+slowly, and its WAL mode does not work on network filesystems (https://sqlite.org/wal.html).
 """
 
 from __future__ import annotations
@@ -23,11 +22,13 @@ import xxhash
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vlmcore.dataloading.cache_room import mark_used
+
 log = logging.getLogger(__name__)
 
 MIN_FREE = 0.1  # of the disk; the rest of it is for checkpoints, which are worth more
 _DIGEST_BYTES, _SIZE_BYTES = 16, 8
-_CODEC = "lz4"  # as good as zstd on these, at twice its speed
+_CODEC = "lz4"  # as good as zstd on these, and faster
 _DRAFT_S = 3600  # an older draft is of a process that was killed
 
 
@@ -61,6 +62,7 @@ class EncodedCache:
         if xxhash.xxh3_128_digest(body) != content[:_DIGEST_BYTES]:
             self._warn_of_damage(path, "its bytes are not those that were written")
             return None
+        mark_used(path)
         size = int.from_bytes(body[:_SIZE_BYTES], "little")
         return load(pa.decompress(body[_SIZE_BYTES:], size, codec=_CODEC, asbytes=True))
 

@@ -8,8 +8,6 @@ to decode, by the processor itself on tensors that hold no data.
 
 from __future__ import annotations
 
-import io
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,22 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from vlmcore.dataloading.image import Size
 from vlmcore.dataloading.video import VideoInfo
 from vlmcore.errors import DataError
 
-Size = tuple[int, int]  # width, height
 _FRAMES_OF_A_VIDEO = 32  # where neither recipe nor processor says: LLaVA-OneVision's own number
-_SIDEWAYS = 5  # EXIF orientations from this one on swap width and height
-_ORIENTATION = 274  # EXIF tag
-_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
-_PNG_EXIF = b"eXIf"  # a chunk's name
 # These bound the pixels of all frames together; the other processors those of each frame.
 _BOUND_WHOLE_VIDEOS = ("Qwen3VLVideoProcessor",)
-# Images of one size are worked on together while they fit the CPU's cache: half the time for small
-# ones (16 of 128 x 32), twice the time for large ones (8 of 640 x 480).
+# Images of one size are worked on together while they fit the CPU's cache: small ones are done
+# sooner so, large ones later.
 _PIXELS_TOGETHER = 400_000
 
 
@@ -337,27 +331,6 @@ class MediaProcessor:
     @staticmethod
     def _has_grids(processor: Any) -> bool:
         return hasattr(processor, "merge_size")
-
-
-def open_image(data: bytes) -> Image.Image:
-    """An image as it is shown: its camera's orientation applied, as model servers do."""
-    image = Image.open(io.BytesIO(data))
-    upright = ImageOps.exif_transpose(image) if "exif" in image.info else image
-    upright.load()
-    return upright if upright.mode == "RGB" else upright.convert("RGB")
-
-
-def image_size(data: bytes) -> Size:
-    """Width and height of an image as it is shown, from its header."""
-    if data.startswith(_PNG) and _PNG_EXIF not in data:  # PIL reads and checks all that follows
-        width, height = struct.unpack(">II", data[16:24])
-        if width and height:
-            return width, height
-    image = Image.open(io.BytesIO(data))
-    width, height = image.size
-    if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) >= _SIDEWAYS:
-        return height, width
-    return width, height
 
 
 def _whole_length(info: VideoInfo) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vlmcore.dataloading.cached_encoding import CachedEncoding
 from vlmcore.dataloading.encode import BadSampleError, ConversationEncoder, EncodedText
-from vlmcore.dataloading.media import Medium, image_size, open_image
+from vlmcore.dataloading.image import image_size, open_image
+from vlmcore.dataloading.media import Medium
 from vlmcore.dataloading.packing import pack_by_length
 from vlmcore.dataloading.rendering import IMAGE_TAG, VIDEO_TAG
 from vlmcore.dataloading.samples import ConversationSample, PackedRow, TokenSample, pack_row

@@ -65,12 +65,15 @@ class Vision:
         video_token: Likewise for video; None where the family takes none, or takes its frames as
             images.
         mrope: True where positions are (temporal, height, width) triples.
+        pixel_limits: Those of a stage that its processor can keep; the others make every image, or
+            every frame, the same size.
     """
 
     tokens: Mapping[str, str]
     image_token: str
     video_token: str | None
     mrope: bool
+    pixel_limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ FAMILY = shell_family(
         image_token="<IMG_CONTEXT>",
         video_token=None,
         mrope=False,
+        pixel_limits=("max_pixels", "min_pixels"),
     ),
     disk_prefixes=DISK_PREFIXES,
 )

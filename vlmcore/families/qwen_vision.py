@@ -19,4 +19,5 @@ def qwen_vision(*, mrope: bool) -> Vision:
         image_token=TOKENS["image_token_id"],
         video_token=TOKENS["video_token_id"],
         mrope=mrope,
+        pixel_limits=("max_pixels", "min_pixels", "video_max_pixels"),
     )

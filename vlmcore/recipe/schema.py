@@ -346,6 +346,7 @@ class Recipe(Section):
                 for name in stage.data
                 if name not in self.data
             ]
+            faults += [(("train", index, field), text) for field, text in self._unreadable(stage)]
             if stage.model == "llm" and self.model.llm is None:
                 text = "`llm` is trained, but model.llm is empty; name a donor LLM"
                 faults.append((("train", index, "model"), text))
@@ -353,6 +354,23 @@ class Recipe(Section):
                 text = "stages with `model: llm` come before the swap; move this one to the front"
                 faults.append((("train", index, "model"), text))
         return faults
+
+    def _unreadable(self, stage: TrainStage) -> Iterable[tuple[str, str]]:
+        """What a stage reads of its datasets although it is told not to be there."""
+        read = {"data": "train"}
+        if stage.eval_interval is not None:
+            read["eval_interval"] = stage.eval_split
+        for name in stage.data:
+            if name not in self.data:
+                continue
+            kind, ratios = self.data[name].sample_type, self.data[name].split_ratios
+            if kind != "chat":
+                text = f"data.{name}.sample_type is {kind}, which other trainers read"
+                yield "data", f"{text}; set it to chat"
+            for field, split in read.items():
+                if ratios and not ratios[("train", "val", "test").index(split)]:
+                    found = f"data.{name}.split_ratios {list(ratios)} gives {split} nothing"
+                    yield field, f"{found}, but the stage reads it; give it a part"
 
     def _evaluate_faults(self) -> list[Fault]:
         faults: list[Fault] = []

@@ -233,6 +233,8 @@ def _is_said(stage: TrainStage, name: str) -> bool:
 
 
 def _sample_faults(stage: TrainStage) -> Iterator[Fault]:
+    if _is_said(stage, "max_encoded_bytes") and not stage.cache_encoded_samples:
+        yield ("max_encoded_bytes",), "only with cache_encoded_samples; leave it out"
     if stage.task == "pt" and stage.loss_scale != "default":
         yield ("loss_scale",), "pt trains all text; leave it out, or set task to sft"
     if stage.min_pixels and stage.max_pixels and stage.min_pixels > stage.max_pixels:

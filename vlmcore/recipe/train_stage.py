@@ -303,6 +303,12 @@ class TrainStage(Section):
         description="Keep tokens, decoded images and videos on disk, so that later epochs and "
         "stages read them; takes about ten times the room of the data.",
     )
+    max_encoded_bytes: int = Operational(
+        default=100 * 1024**3,
+        gt=0,
+        description="What cache_encoded_samples of all stages may have left behind when a stage "
+        "begins; beyond, the longest unused samples are removed first.",
+    )
     log_interval: int = Operational(default=10, gt=0, description="Steps between progress lines.")
     num_threads: int = Operational(default=1, gt=0, description="CPU threads of a rank.")
 

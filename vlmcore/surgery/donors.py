@@ -78,6 +78,16 @@ def donor_folder(name: str, scratch: Path, *, seed: int) -> Path:
     return scratch
 
 
+def local_donor(name: str) -> Path | None:
+    """The folder of a donor that lies on this machine under its own name; None of others.
+
+    Raises:
+        WeightError: It is not there.
+    """
+    scheme, rest = _split(name)
+    return _folder(rest) if scheme == "path" else None
+
+
 def _split(name: str) -> tuple[str, str]:
     scheme, colon, rest = name.partition(":")
     return (scheme, rest) if colon else ("hf", name)

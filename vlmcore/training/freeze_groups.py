@@ -1,15 +1,15 @@
-"""What a stage keeps frozen and where its adapters go, by freeze group, whatever the engine."""
+"""What a stage keeps frozen and where its adapters go, by freeze group, whatever the engine.
+
+A plan asks too, so torch is imported only where a model is built.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
 
 from vlmcore.errors import TrainError
 from vlmcore.families import Family, FreezeGroup, family_of, read_config
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 GROUPS: tuple[FreezeGroup, ...] = ("aligner", "llm", "vit")
 ALL_LINEAR = "all-linear"
 _NUMBER = re.compile(r"\\\.\d+\\\.")
+_STACK = re.compile(r"\.\d+\.")  # a layer's number
 
 
 def frozen_groups(stage: TrainStage) -> Mapping[FreezeGroup, bool]:
@@ -59,35 +60,89 @@ def require_match(names: Sequence[str], stage: TrainStage) -> None:
     pattern = stage.trainable_parameters_regex
     if any(re.search(pattern, name) for name in names):
         return
-    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.2) or names[:3]
+    parts = {part: name for name in names for part in name.split(".")}
+    meant = [difflib.get_close_matches(word, parts, n=1) for word in re.findall(r"\w+", pattern)]
+    close = dict.fromkeys(parts[part] for found in meant for part in found) or names[:3]
     raise TrainError(
         f"train.{stage.name}: trainable_parameters_regex {pattern!r} matches no parameter; engine "
         f"{stage.engine} calls them such as {', '.join(close)}"
     )
 
 
+def adaptable(
+    stage: TrainStage, family: Family, *, linear: Iterable[str], experts: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Those of a model's linear layers, and of its stacked experts, that may get an adapter.
+
+    Args:
+        stage: Freezes groups, and says whether adapters belong to the language model alone.
+        family: The model's.
+        linear: HF names of linear layers.
+        experts: HF names of stacked experts' parameters.
+    """
+    frozen = frozen_groups(stage)
+    llm_alone = stage.tuner_type == "lora_llm" or not stage.target_modules
+
+    def may(name: str) -> bool:
+        group = family.group_of(name)
+        wanted = group == "llm" or not llm_alone
+        return wanted and not frozen[group] and not name.startswith("lm_head")
+
+    return [name for name in linear if may(f"{name}.weight")], [n for n in experts if may(n)]
+
+
+def targeted(stage: TrainStage, candidates: Collection[str]) -> set[str]:
+    """Those of the layers and experts that may get an adapter which the stage asks for.
+
+    Raises:
+        TrainError: There are none, or a name in target_modules matches none of them.
+    """
+    where = f"train.{stage.name}: target_modules"
+    if not candidates:
+        raise TrainError(
+            f"{where}: the model has no linear layer in an unfrozen group; unfreeze one"
+        )
+    if not stage.target_modules or ALL_LINEAR in stage.target_modules:
+        return {*candidates}
+    matches = {
+        target: {name for name in candidates if f".{name}".endswith(f".{target}")}
+        for target in stage.target_modules
+    }
+    if lost := [target for target, names in matches.items() if not names]:
+        raise TrainError(
+            f"{where}: {', '.join(lost)}: no linear layer of an unfrozen group is called so; there "
+            f"are: {', '.join(sorted({name.rpartition('.')[2] for name in candidates}))}"
+        )
+    return set().union(*matches.values())
+
+
+def require_peft_kind(stage: TrainStage, experts: Iterable[str]) -> None:
+    """Refuses adapters of a kind that peft does not have for stacked experts.
+
+    Raises:
+        TrainError: DoRA on some of these.
+    """
+    kinds = sorted({_STACK.split(name)[-1] for name in experts})
+    if stage.tuner_type == "dora" and kinds:
+        raise TrainError(
+            f"train.{stage.name}: tuner_type dora: peft has no DoRA for stacked experts "
+            f"({', '.join(kinds)}); name linear layers in target_modules, such as q_proj, or use "
+            f"lora"
+        )
+
+
 def adapter_config(stage: TrainStage, hf_dir: Path) -> LoraConfig:
     """The adapters that a stage asks for, as peft says it, from the model's config alone.
 
     Raises:
-        TrainError: A name in target_modules matches no linear layer of an unfrozen group.
+        TrainError: A name in target_modules matches no linear layer of an unfrozen group, or peft
+            has no such adapter.
     """
     from peft import LoraConfig
 
     linear, experts = _candidates(stage, hf_dir)
-    chosen = {*linear, *experts}
-    if stage.target_modules and ALL_LINEAR not in stage.target_modules:
-        matches = {
-            target: {name for name in chosen if f".{name}".endswith(f".{target}")}
-            for target in stage.target_modules
-        }
-        if lost := [target for target, names in matches.items() if not names]:
-            raise TrainError(
-                f"train.{stage.name}: target_modules: {', '.join(lost)}: no linear layer of an "
-                f"unfrozen group is called so; there are: "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in chosen}))}"
-            )
-        chosen = set().union(*matches.values())
+    chosen = targeted(stage, {*linear, *experts})
+    require_peft_kind(stage, chosen & {*experts})
     # layers' numbers left out: one pattern for all of them
     patterns = {_NUMBER.sub(r"\\.\\d+\\.", re.escape(name)) for name in chosen & {*linear}}
     return LoraConfig(
@@ -95,12 +150,13 @@ def adapter_config(stage: TrainStage, hf_dir: Path) -> LoraConfig:
         lora_alpha=stage.lora_alpha,
         use_rslora=stage.use_rslora,
         target_modules="|".join(sorted(patterns)) or None,
-        target_parameters=sorted({re.split(r"\.\d+\.", name)[-1] for name in chosen & {*experts}}),
+        target_parameters=sorted({_STACK.split(name)[-1] for name in chosen & {*experts}}),
     )
 
 
 def hollow_model(hf_dir: Path, family: Family) -> Any:
     """The transformers model of a folder without memory for its weights."""
+    import torch
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(hf_dir)
@@ -110,16 +166,13 @@ def hollow_model(hf_dir: Path, family: Family) -> Any:
 
 def _candidates(stage: TrainStage, hf_dir: Path) -> tuple[list[str], list[str]]:
     """HF names of linear layers, and of stacked experts, that may get an adapter."""
+    from torch import nn
+
     family = family_of(read_config(hf_dir))
     model = hollow_model(hf_dir, family)
-    frozen = frozen_groups(stage)
-    llm_alone = stage.tuner_type == "lora_llm" or not stage.target_modules
-
-    def may(name: str) -> bool:
-        group = family.group_of(name)
-        wanted = group == "llm" or not llm_alone
-        return wanted and not frozen[group] and not name.startswith("lm_head")
-
-    linear = [n for n, module in model.named_modules() if type(module) is nn.Linear]
-    experts = [n for n, weight in model.named_parameters() if ".experts." in n and weight.ndim == 3]
-    return [n for n in linear if may(f"{n}.weight")], [n for n in experts if may(n)]
+    return adaptable(
+        stage,
+        family,
+        linear=[n for n, module in model.named_modules() if type(module) is nn.Linear],
+        experts=[n for n, w in model.named_parameters() if ".experts." in n and w.ndim == 3],
+    )

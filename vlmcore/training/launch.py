@@ -18,8 +18,8 @@ from vlmcore.training.rank_failure import RankFailures
 
 Progress = Callable[[dict[str, Any]], None]
 
-# glibc gives large blocks back as soon as they are free, and takes new pages for the next: on a CPU
-# 1,300 page faults in each step of a model of 1 M parameters, a fifteenth of its time
+# glibc gives large blocks back as soon as they are free, and takes new pages for the next: in every
+# step on a CPU, page faults that cost more than what they save
 _KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 

@@ -39,6 +39,7 @@ from vlmcore.training.freezing import apply_freezes, require_training, trainable
 from vlmcore.training.job import ADAPTER, TrainJob
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.training.router_losses import RouterLosses
+from vlmcore.training.stage_fit import float16_fault
 from vlmcore.training.step import TrainStep
 from vlmcore.training.tuning import adapt, plan_lora, save_and_merge
 from vlmcore.weights.adapter_plan import AdapterPlan
@@ -201,12 +202,8 @@ def prepare(
 def _require_engine(stage: TrainStage, *, has_experts: bool) -> None:
     """Refuses what Megatron-Core 0.16 would do wrong, or cannot do on this machine."""
     where = f"train.{stage.name}"
-    if stage.torch_dtype == "float16" and has_experts:
-        raise TrainError(
-            f"{where}: torch_dtype float16 on a model with experts: Megatron-Core 0.16 keeps one "
-            f"loss scale for experts and one for the rest, and unscales by one what it scaled by "
-            f"the other; use bfloat16"
-        )
+    if fault := float16_fault(stage, has_experts=has_experts):
+        raise TrainError(f"{where}: {fault}")
     if stage.optimizer_cpu_offload and not torch.cuda.is_available():
         raise TrainError(
             f"{where}: optimizer_cpu_offload: this machine has no CUDA device, and Megatron-Core's "
