@@ -254,9 +254,9 @@ struct Softmax {
     // Turns `count` scores of row `r` into weights; `sums` follow where its largest score grows.
     void take(int r, float *scores, int count, float found, float *sums, int wide) {
         if (found > largest[r]) {
-            const float shrink = std::exp(largest[r] - found);
+            const float shrink = largest[r] == HIDDEN ? 0 : std::exp(largest[r] - found);
             total[r] *= shrink;
-            for (int d = 0; d < wide; d++) sums[d] *= shrink;
+            for (int d = 0; shrink && d < wide; d++) sums[d] *= shrink;
             largest[r] = found;
         }
         vec sum{};

@@ -1,10 +1,10 @@
 """Megatron-Core's GPTModel as we train it: recompute, deepstack features, chunked loss, parts of a
-row on context parallel ranks.
+row on context parallel ranks, and no work on tokens of which nothing is read any more.
 
 Recompute is torch's own, since Megatron's loses the gradient of whatever reaches a layer other than
 as its input, as deepstack features do.
 
-Shape suffixes: S tokens of a row, B rows, H hidden.
+Shape suffixes: S tokens of a row, B rows, H hidden, N trained tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +30,22 @@ from vlmcore.models.loss import token_losses
 
 
 class DecoderLayer(TransformerLayer):
-    """A layer whose output may get image features added."""
+    """A layer whose output may get image features added, or be that of some tokens alone."""
 
     def forward(
-        self, *args: Any, deepstack_SBH: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        deepstack_SBH: Tensor | None = None,
+        read_N: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """Hidden states [S, B, H], and Megatron's context."""
+        """Hidden states [S, B, H], of the tokens `read_N` alone [N, 1, H]; and Megatron's context.
+
+        Other tokens have had their say once attention is done.
+        """
+        if read_N is not None:
+            hidden_SBH, context = self._forward_attention(*args, **kwargs)
+            return self._forward_mlp(hidden_SBH.index_select(0, read_N)), context
         hidden_SBH, context = super().forward(*args, **kwargs)
         return hidden_SBH if deepstack_SBH is None else hidden_SBH + deepstack_SBH, context
 
@@ -51,6 +61,7 @@ class DecoderBlock(TransformerBlock):
         packed_seq_params: PackedSeqParams | None = None,
         deepstack: Sequence[Tensor] = (),
         is_padding_BS: Tensor | None = None,
+        read_N: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
         if not self.pre_process:
@@ -69,6 +80,7 @@ class DecoderBlock(TransformerBlock):
                     packed_seq_params=packed_seq_params,
                     padding_mask=is_padding_BS,
                     deepstack_SBH=deepstack[i] if i < len(deepstack) else None,
+                    read_N=read_N if i == len(self.layers) - 1 else None,
                 )
             return hidden_SBH
 
@@ -130,16 +142,38 @@ class Decoder(GPTModel):
             if self.config.sequence_parallel:
                 whole_SB = is_padding_BS.transpose(0, 1).contiguous()
                 is_padding_BS = scatter_to_sequence_parallel_region(whole_SB).transpose(0, 1)
+        labels = None if labels is None else own_part(labels, dim=1)
         out: Tensor = super().forward(
             own_part(input_ids, dim=1),
             own_part(position_ids, dim=2),
             attention_mask,
             decoder_input=decoder_input,
-            labels=None if labels is None else own_part(labels, dim=1),
+            labels=labels,
             packed_seq_params=packed_seq_params,
-            extra_block_kwargs={"deepstack": deepstack, "is_padding_BS": is_padding_BS},
+            extra_block_kwargs={
+                "deepstack": deepstack,
+                "is_padding_BS": is_padding_BS,
+                "read_N": self._read(labels, len(deepstack)),
+            },
         )
         return out
+
+    def _read(self, labels_BS: Tensor | None, num_deepstack: int) -> Tensor | None:
+        """Tokens whose hidden states the loss reads, [N]; None where the last layer wants all.
+
+        Experts do: what their router counts, and balances, are all tokens.
+        """
+        if (
+            labels_BS is None
+            or len(labels_BS) > 1
+            or not self.post_process
+            or self.config.sequence_parallel
+            or self.config.num_moe_experts
+            or num_deepstack >= len(self.decoder.layers)
+        ):
+            return None
+        (read_N,) = torch.where(labels_BS[0] >= 0)
+        return read_N if len(read_N) else None
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         labels_BS = kwargs["labels"]

@@ -23,7 +23,8 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024
+MAX_LOGITS = 2**27  # of a chunk, 512 MB in fp32
+MIN_TOKENS = 1024
 
 
 def token_losses(
@@ -33,17 +34,18 @@ def token_losses(
     *,
     vocab_size: int,
     sequence_parallel: bool,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Cross entropy of each token [B, S], 0 where the label is negative.
 
     Args:
-        hidden_SBH: What enters the output layer; under sequence parallelism this rank's part.
+        hidden_SBH: What enters the output layer; under sequence parallelism this rank's part. Or
+            of the trained tokens alone, [N, 1, H].
         weight_VH: The output layer's rows on this tensor parallel rank.
         labels_BS: The next tokens; negative where nothing is trained.
         vocab_size: Without the rows that only pad the vocabulary over the ranks.
         sequence_parallel: Whether `hidden_SBH` is a part.
-        chunk_tokens: Tokens whose logits are in memory together.
+        chunk_tokens: Tokens whose logits are in memory together; None: by their size.
     """
     if sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
@@ -56,17 +58,18 @@ def token_losses(
         # one row each reaches all of both, and its sum cannot overflow to 0 · inf
         reach = hidden_TH[0].float().mean() + weight_VH[0].float().mean()
         return losses_T.view_as(labels_BS) + 0.0 * reach
+    if len(hidden_TH) != len(trained_N):
+        hidden_TH = hidden_TH.index_select(0, trained_N)
     compute = partial(_losses, num_rows=_rows_in_use(len(weight_VH), vocab_size))
-    chunks = trained_N.split(chunk_tokens)
-    parts = []
-    for index in chunks:
-        inputs = hidden_TH[index], weight_VH, labels_T[index]
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            parts.append(compute(*inputs))
-        else:
-            parts.append(
-                checkpoint(compute, *inputs, use_reentrant=False, preserve_rng_state=False)
-            )
+    chunk_tokens = chunk_tokens or max(MIN_TOKENS, MAX_LOGITS // len(weight_VH))
+    if len(trained_N) > chunk_tokens and torch.is_grad_enabled():
+        compute = partial(checkpoint, compute, use_reentrant=False, preserve_rng_state=False)
+    parts = [
+        compute(hidden_NH, weight_VH, labels_N)
+        for hidden_NH, labels_N in zip(
+            hidden_TH.split(chunk_tokens), labels_T[trained_N].split(chunk_tokens), strict=True
+        )
+    ]
     return losses_T.index_put((trained_N,), torch.cat(parts)).view_as(labels_BS)
 
 
