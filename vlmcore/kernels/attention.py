@@ -1,7 +1,7 @@
 """Attention of packed samples on a CPU in fp32, by `attention.cpp`.
 
-Torch's CPU kernel knows one length a call, and takes two to four times as long (heads of 16 to 128,
-samples of 64 to 4,096 tokens, `benchmarks/attention_cpu.py`).
+Torch's CPU kernel knows one length a call, and takes two to four times as long
+(`benchmarks/cpu_kernels.py`).
 
 Shape suffixes: S queries, T keys, N query heads, G key heads, D head dim.
 """

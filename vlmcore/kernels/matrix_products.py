@@ -1,8 +1,8 @@
 """Matrix products in fp32 on a CPU, by whichever of torch's two libraries is the faster there.
 
-Torch calls MKL, which (2024.2) gives other processors than Intel's its 256-bit code: 100 GFLOP/s a
-core of an AMD EPYC with AVX-512, where oneDNN, which torch holds too, reaches 200. It ends when
-torch or MKL chooses better.
+Torch calls MKL, which (2024.2) gives other processors than Intel's its 256-bit code; oneDNN, which
+torch holds too, takes half the time on an AMD EPYC with AVX-512 (`benchmarks/cpu_kernels.py`). It
+ends when torch or MKL chooses better.
 """
 
 from __future__ import annotations

@@ -192,12 +192,6 @@ def _refuse_before_loading(stage: TrainStage, hf_dir: Path, family: Family) -> L
 def _adapters(stage: TrainStage, hf_dir: Path) -> LoraConfig:
     config = adapter_config(stage, hf_dir)
     config.use_dora = stage.tuner_type == "dora"
-    if config.use_dora and config.target_parameters:
-        raise TrainError(
-            f"train.{stage.name}: tuner_type dora: peft has no DoRA for stacked experts "
-            f"({', '.join(config.target_parameters)}); name linear layers in target_modules, "
-            f"such as q_proj, or use lora"
-        )
     return config
 
 
