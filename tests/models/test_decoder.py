@@ -67,7 +67,9 @@ def test_the_last_mlp_sees_trained_tokens_alone_and_nothing_changes(
     labels[:, ::3] = -100
     trained = int((labels >= 0).sum())
     found, seen = losses_and_gradients(model, labels)
-    assert seen[:2] == [25, trained] and set(seen[2:]) <= {25, trained}
+    layers = len(model.decoder.layers)
+    assert seen[:layers] == [25] * (layers - 1) + [trained]
+    assert seen.count(trained) == len(seen) / layers  # and again where backward computes it again
     monkeypatch.setattr(Decoder, "_read", lambda *_: None)
     expected, seen = losses_and_gradients(model, labels)
     assert set(seen) == {25}
