@@ -14,14 +14,28 @@ HYPER = {"learning_rate": 3e-3, "lr_decay_style": "linear"}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 2000}
 FP16 = HYPER | {"torch_dtype": "float16"}
 TOO_LARGE = 2.0**11
-CASES = {
+STEADY = FP16 | {"initial_loss_scale": 64.0, "hysteresis": 1}
+OVERFLOWS = FP16 | {"initial_loss_scale": TOO_LARGE, "hysteresis": 2}
+GROWS = FP16 | {"initial_loss_scale": 2.0, "loss_scale_window": 2}
+EP = {"expert_model_parallel_size": 2}
+DENSE = {
     "fp32": HYPER,
     "bf16": HYPER | {"torch_dtype": "bfloat16"} | OVERLAP,
-    "fp16": FP16 | {"initial_loss_scale": 64.0},
-    "fp16_overflows": FP16 | {"initial_loss_scale": TOO_LARGE, "hysteresis": 2},
-    "fp16_grows": FP16 | {"initial_loss_scale": 2.0, "loss_scale_window": 2},
+    "fp16": STEADY,
+    "fp16_overflows": OVERFLOWS,
+    "fp16_grows": GROWS,
     "offload": HYPER | {"torch_dtype": "bfloat16", "optimizer_cpu_offload": True},
 }
+EXPERTS = {
+    "experts_fp32": HYPER,
+    "experts_fp16": STEADY,
+    "experts_fp16_ep": STEADY | EP,
+    "experts_overflow": OVERFLOWS | EP,
+    "experts_grow": GROWS | EP,
+    "one_expert_overflows": STEADY,
+    "one_expert_overflows_ep": STEADY | EP,
+}
+OVERFLOW_AT = 3  # the last step before the restart
 
 pytestmark = pytest.mark.slow
 
@@ -29,10 +43,18 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("dtypes")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    cases = {
+        name: {
+            "hf": str(tiny_model("qwen3_vl_moe" if name in EXPERTS else "qwen3_vl")),
+            "fields": fields,
+            "overflow_at": OVERFLOW_AT if name.startswith("one_expert") else None,
+        }
+        for name, fields in (DENSE | EXPERTS).items()
+    }
+    (folder / "cases.json").write_text(json.dumps(cases))
     launch(
         "tests.training.dtype_ranks",
-        [str(tiny_model("qwen3_vl")), str(folder / "cases.json"), str(folder / "out.json")],
+        [str(folder / "cases.json"), str(folder / "out.json")],
         nproc_per_node=2,
         log_path=folder / "log",
     )
@@ -43,17 +65,30 @@ def losses(outcomes: list[dict[str, Any]]) -> list[float]:
     return [outcome["loss"] for outcome in outcomes]
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("bf16", 0.03), ("fp16", 0.01)])
-def test_half_the_bits_train_as_fp32_does(results: Any, name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "of_fp32", "tolerance"),
+    [
+        ("bf16", "fp32", 0.03),
+        ("fp16", "fp32", 0.01),
+        ("experts_fp16", "experts_fp32", 0.01),
+        ("experts_fp16_ep", "experts_fp32", 0.01),
+    ],
+)
+def test_half_the_bits_train_as_fp32_does(
+    results: Any, name: str, of_fp32: str, tolerance: float
+) -> None:
     """Tolerances: 8 bits of mantissa in bf16, 11 in fp16, over 8 steps."""
-    expected, found = losses(results["fp32"]), losses(results[name])
+    expected, found = losses(results[of_fp32]), losses(results[name])
     assert expected[-1] < 0.9 * expected[0]
     assert found == pytest.approx(expected, rel=tolerance)
+    first, first_of_fp32 = (results[case][0]["grad_norm"] for case in (name, of_fp32))
+    assert first == pytest.approx(first_of_fp32, rel=tolerance)
     assert all(outcome["updated"] and outcome["moved"] for outcome in results[name])
 
 
-def test_an_overflow_skips_the_step_and_halves_the_loss_scale(results: Any) -> None:
-    outcomes = results["fp16_overflows"]
+@pytest.mark.parametrize("name", ["fp16_overflows", "experts_overflow"])
+def test_an_overflow_skips_the_step_and_halves_the_loss_scale(results: Any, name: str) -> None:
+    outcomes = results[name]
     skipped = [outcome for outcome in outcomes if not outcome["updated"]]
     assert 2 <= len(skipped) < len(outcomes)
     assert outcomes[: len(skipped)] == skipped
@@ -70,9 +105,26 @@ def test_an_overflow_skips_the_step_and_halves_the_loss_scale(results: Any) -> N
     assert outcomes[-1]["rate"] < outcomes[0]["rate"]
 
 
-def test_steps_without_an_overflow_double_the_loss_scale(results: Any) -> None:
-    scales = [outcome["loss_scale"] for outcome in results["fp16_grows"]]
+@pytest.mark.parametrize("name", ["fp16_grows", "experts_grow"])
+def test_steps_without_an_overflow_double_the_loss_scale(results: Any, name: str) -> None:
+    scales = [outcome["loss_scale"] for outcome in results[name]]
     assert scales == [2.0, 2.0, 4.0, 4.0, 8.0, 8.0, 16.0, 16.0]
+
+
+@pytest.mark.parametrize("layout", ["", "_ep"])
+def test_an_overflow_in_one_expert_skips_the_step_of_all(results: Any, layout: str) -> None:
+    """The scale is halved once, and kept over a restart; the steps that follow it are those of a
+    run without an overflow, whose loss is scaled by another power of two."""
+    outcomes = results[f"one_expert_overflows{layout}"]
+    skipped = outcomes.pop(OVERFLOW_AT)
+    assert not skipped["updated"] and not skipped["moved"]
+    assert all(outcome["updated"] and outcome["moved"] for outcome in outcomes)
+    assert skipped["loss_scale"] == 64.0
+    assert [o["loss_scale"] for o in outcomes] == [64.0] * OVERFLOW_AT + [32.0] * 4
+    steady = results[f"experts_fp16{layout}"][: len(outcomes)]
+    for name in ("loss", "grad_norm", "rate"):
+        expected = pytest.approx([outcome[name] for outcome in steady], rel=1e-3)
+        assert [outcome[name] for outcome in outcomes] == expected
 
 
 def test_only_fp16_has_a_loss_scale(results: Any) -> None:

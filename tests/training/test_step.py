@@ -82,6 +82,8 @@ CASES: Cases = {
     "resumed_experts": ("qwen3_moe", TWO | {"killed_at": EP}, {"ep4": EP4, "pp": PP, "sp": SP}),
     "resumed_lora": ("qwen3_moe", LORA | {"killed_at": PP | EP}, {"sp_ep": SP | EP}),
 }  # fmt: skip
+HALF = {"torch_dtype": "float16", "initial_loss_scale": 64.0, "moe_aux_loss_coeff": 0.7}
+HALF_CASES: Cases = {"half": ("qwen3_moe", HALF, {"dp": {}, "ep": EP})}
 NAMES = names_of(CASES)
 
 pytestmark = pytest.mark.slow
@@ -91,13 +93,24 @@ pytestmark = pytest.mark.slow
 def results(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Figures of every case, from one torchrun."""
     folder = tmp_path_factory.mktemp("steps")
-    return figures_of(CASES, "tests.training.step_cases", tiny_model, folder, ranks=4)
+    return figures_of(CASES | HALF_CASES, "tests.training.step_cases", tiny_model, folder, ranks=4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_equals_transformers_and_adamw(results: Any, name: str) -> None:
     """Packed rows against samples alone, uneven over ranks, with clipping at work."""
     require_step(results[name])
+
+
+@pytest.mark.parametrize("name", names_of(HALF_CASES))
+def test_a_step_in_float16_follows_it_with_experts(results: Any, name: str) -> None:
+    """Tolerances: a few roundings to 11 bits, each of 5e-4 at most."""
+    figures = results[name]
+    assert figures["clipped"]
+    assert figures["loss"] <= 1e-3
+    assert figures["grad_norm"] <= 1e-3
+    assert figures["worst"][1] <= 2e-3, figures["worst"]
+    assert len(figures["moved"]) == figures["keys"]
 
 
 @pytest.mark.parametrize("layout", CASES["aligner"][2])

@@ -39,7 +39,6 @@ from vlmcore.training.freezing import apply_freezes, require_training, trainable
 from vlmcore.training.job import ADAPTER, TrainJob
 from vlmcore.training.optimizer import build_optimizer, build_schedule
 from vlmcore.training.router_losses import RouterLosses
-from vlmcore.training.stage_fit import float16_fault
 from vlmcore.training.step import TrainStep
 from vlmcore.training.tuning import adapt, plan_lora, save_and_merge
 from vlmcore.weights.adapter_plan import AdapterPlan
@@ -160,7 +159,7 @@ def prepare(
     hf_dir = config_dir(model_dir)
     require_layout(hf_dir, stage.layout, training=True)
     family = family_of(read_config(hf_dir))
-    _require_engine(stage, has_experts=family.language_model(read_config(hf_dir)).moe is not None)
+    _require_gpu(stage)
     plan = None if stage.tuner_type == "full" else plan_lora(stage, hf_dir)
     modules = build_model(
         hf_dir,
@@ -199,15 +198,13 @@ def prepare(
     )
 
 
-def _require_engine(stage: TrainStage, *, has_experts: bool) -> None:
-    """Refuses what Megatron-Core 0.16 would do wrong, or cannot do on this machine."""
-    where = f"train.{stage.name}"
-    if fault := float16_fault(stage, has_experts=has_experts):
-        raise TrainError(f"{where}: {fault}")
+def _require_gpu(stage: TrainStage) -> None:
+    """Refuses to offload where there is nothing to offload from."""
     if stage.optimizer_cpu_offload and not torch.cuda.is_available():
         raise TrainError(
-            f"{where}: optimizer_cpu_offload: this machine has no CUDA device, and Megatron-Core's "
-            f"hybrid optimizer moves only what lies on one, so nothing would move; leave it out"
+            f"train.{stage.name}: optimizer_cpu_offload: this machine has no CUDA device, and "
+            f"Megatron-Core's hybrid optimizer moves only what lies on one, so nothing would move; "
+            f"leave it out"
         )
 
 

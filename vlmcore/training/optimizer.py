@@ -26,6 +26,7 @@ from vlmcore.recipe.train_stage import TrainStage
 from vlmcore.training import bucket_padding, gradient_norm
 from vlmcore.training.freeze_groups import group_rates
 from vlmcore.training.freezing import freeze_group
+from vlmcore.training.loss_scale import SharedGradScaler
 from vlmcore.training.schedule import warmup_steps
 
 
@@ -144,9 +145,14 @@ def build_optimizer(
             override = {"max_lr": rate, "min_lr": stage.min_lr * ratio, "lr_mult": ratio}
             overrides[_key_of(group, family)] = override
     optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    parts = optimizer.chained_optimizers
+    for part in parts:
         if part.init_state_fn is not None:  # a checkpoint may come before the first update
             part.init_state_fn(part.optimizer, config)
+    if config.fp16:
+        scaler = SharedGradScaler(config, num_optimizers=len(parts))
+        for part in parts:
+            part.grad_scaler = scaler
     return optimizer
 
 

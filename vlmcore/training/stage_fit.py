@@ -75,22 +75,9 @@ def machine_faults(stage: TrainStage, root: Path = Path("/")) -> list[str]:
     return faults
 
 
-def float16_fault(stage: TrainStage, *, has_experts: bool) -> str | None:
-    """Why the dtype cannot be; None where it can."""
-    if stage.torch_dtype != "float16" or not has_experts:
-        return None
-    return (
-        "torch_dtype float16 on a model with experts: Megatron-Core 0.16 keeps one loss scale for "
-        "experts and one for the rest, and unscales by one what it scaled by the other; use "
-        "bfloat16"
-    )
-
-
 def _text_faults(stage: TrainStage, model: ModelOutline) -> Iterator[str]:
     if stage.task == "sft" and not model.has_chat_template:
         yield f"{model.decoder_dir} has no chat template; add chat_template.jinja, or use task pt"
-    if fault := float16_fault(stage, has_experts=model.decoder.moe is not None):
-        yield fault
 
 
 def _vision_faults(stage: TrainStage, model: ModelOutline) -> Iterator[str]:
