@@ -14,15 +14,18 @@ from vlmcore.layout import Layout
 from vlmcore.training.distributed import process_group
 from vlmcore.training.precision import precision_test
 
+ROUNDED_MORE = ("qwen3_vl", "qwen3_vl_moe", "exaone4_5")
+
 
 def tolerance_of(case: str) -> float:
     """Of logits in fp32.
 
-    exaone4_5 hands its patches' rounding on the least damped. Transformers' convolution rounds four
-    times as coarsely there as our product (measured against float64 on an AMD EPYC), and the logits
-    that follow are up to 1.2e-5 apart.
+    Models with deepstack have twice the layers here: transformers in fp32 is 6e-6 from itself in
+    float64 on text alone (a test of the parity's), so two orders of adding up may be twice that
+    apart. exaone4_5 hands its patches' rounding on the least damped, and transformers' convolution
+    rounds four times as coarsely there as our product (against float64, on an AMD EPYC).
     """
-    return 2e-5 if case.startswith("exaone4_5") else 1e-5
+    return 2e-5 if case.startswith(ROUNDED_MORE) else 1e-5
 
 
 def main(cases: dict[str, dict[str, Any]], out: Path) -> None:

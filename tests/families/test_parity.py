@@ -1,7 +1,7 @@
 """Megatron-Core against transformers, every family at every kind of layout, in one launch.
 
 Tolerance: logits of these models are below 10 and sums of at most 80 terms, where fp32 rounds at
-1e-6, a few layers one behind the other; `tests.families.parity.tolerance_of` names the exception.
+1e-6, a few layers one behind the other; `tests.families.parity.tolerance_of` names the exceptions.
 """
 
 import json
@@ -136,6 +136,22 @@ def test_megatron_computes_what_transformers_computes(
         assert 0 < row["loss_tokens"]["num_tokens"] < row["num_tokens"]
         assert row["loss_tokens"]["max_diff"] <= row["max_diff"]
         assert row["top1_agreement"] == row["loss_tokens"]["top1_agreement"] == 1
+
+
+def test_transformers_itself_rounds_half_as_much_as_the_tolerance_of_deep_models(
+    tiny_model: Callable[..., Path],
+) -> None:
+    import transformers
+
+    folder = tiny_model("qwen3_vl", num_hidden_layers=num_layers("qwen3_vl"))
+    ids = torch.randint(5, 20, (6, 60), generator=torch.Generator().manual_seed(0))
+    in_fp32, in_float64 = (
+        transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    with torch.no_grad():
+        apart = (in_fp32(input_ids=ids).logits - in_float64(input_ids=ids).logits).abs().max()
+    assert tolerance_of("qwen3_vl") / 6 < float(apart) < tolerance_of("qwen3_vl") / 2
 
 
 @pytest.mark.parametrize("case", VARIANTS)

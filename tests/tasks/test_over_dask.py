@@ -19,7 +19,13 @@ def digests(folder):
 @pytest.mark.slow
 def test_a_cluster_gives_the_digest_of_one_process(tmp_path):
     from distributed import LocalCluster
-    from prefect.testing.utilities import prefect_test_harness
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
+
+    from flows.up import private_server
 
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -31,7 +37,8 @@ def test_a_cluster_gives_the_digest_of_one_process(tmp_path):
     dataset = Dataset(source=f"path:{raw}", max_samples_per_shard=60, num_workers=1)
     alone = convert(raw, tmp_path / "alone", dataset, work_dir=tmp_path / "work1")
     with (
-        prefect_test_harness(),
+        private_server(home=tmp_path / "prefect", log_dir=tmp_path / "logs") as url,
+        temporary_settings({PREFECT_API_URL: url, PREFECT_LOGGING_TO_API_ENABLED: False}),
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as
         cluster,
     ):  # fmt: skip
