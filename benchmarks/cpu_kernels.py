@@ -20,6 +20,7 @@ from vlmcore.kernels import rowwise
 from vlmcore.kernels.attention import attend
 from vlmcore.kernels.compiled import library
 from vlmcore.kernels.matrix_products import fast_products
+from vlmcore.models.rotary import turn
 
 TOKENS = 3072
 ATTENTION = {  # lengths, query heads, key heads, head dim, causal
@@ -77,7 +78,7 @@ def cases() -> dict[str, Case]:
         return heads * cos[:, None] + torch.cat([-right, left], dim=-1) * sin[:, None]
 
     found["rotary positions, 16 heads of 128"] = (
-        turned, lambda: rowwise.turn(heads, cos, sin), (heads,)
+        turned, lambda: turn(heads, cos[:, None], sin[:, None]), (heads,)
     )  # fmt: skip
     return found
 

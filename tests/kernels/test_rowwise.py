@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmcore.kernels import compiled, rowwise
+from vlmcore.models.rotary import turn
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler or AVX-512")
 
@@ -79,4 +80,4 @@ def test_pairs_turn_by_their_tokens_angle(form: str, width: int) -> None:
     a, b = x.double().chunk(2, dim=-1)
     cos, sin = (wave[:, None].double() for wave in both.unbind(1))
     expected = x.double() * cos + torch.cat([-b, a], dim=-1) * sin
-    assert_alike(rowwise.turn(x, *both.unbind(1)), expected, (x,))
+    assert_alike(turn(x, *both[:, :, None].unbind(1)), expected, (x,))

@@ -35,12 +35,6 @@ def joint_swiglu(x: Tensor) -> Tensor:
     return out
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (d, d + D/2) of `x` [S, heads, D] turned by angles with waves [S, D]."""
-    out: Tensor = _Turn.apply(x, cos, sin)
-    return out
-
-
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -126,20 +120,8 @@ def _rows(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turned(grad, cos, sin, -1), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Pairs (d, d + D/2) of `x` [S, heads, D] turned by angles with waves [S, D]; no gradient."""
     if x.stride(2) != 1:
         x = x.contiguous()
     assert cos.stride() == sin.stride() and cos.stride(1) == 1

@@ -25,9 +25,6 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Of the angles, [..., D], both halves alike; broadcasts to `x`.
         sin: Likewise.
     """
-    if serves(x, cos, sin) and x.ndim == cos.ndim and cos.numel() * x.shape[-2] == x.numel():
-        tokens, waves = x.flatten(0, -3), (cos.flatten(0, -2), sin.flatten(0, -2))
-        return rowwise.turn(tokens, *waves).view(x.shape)
     out: Tensor = _Turn.apply(x, cos, sin)
     return out
 
@@ -46,6 +43,9 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if serves(x, cos, sin) and x.ndim == cos.ndim and cos.numel() * x.shape[-2] == x.numel():
+        tokens, waves = x.flatten(0, -3), (cos.flatten(0, -2), sin.flatten(0, -2))
+        return rowwise.turned(tokens, *waves, direction).view(x.shape)
     out, half = x * cos, x.shape[-1] // 2
     out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-direction)
     out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=direction)
