@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.dataloading.conftest import SHELLS, VIDEO, Encoders
-from tests.tiny.rows import noise, token_sample
+from tests.tiny.rows import noise, row_of, token_sample, transformers_inputs
 from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.dataloading.media import MediaLimits, MediaProcessor, Medium
 from vlmcore.dataloading.task_encoder import ConversationTaskEncoder
@@ -49,6 +49,14 @@ def test_an_image_of_any_size_takes_the_processors_number_of_tokens(
     check()
 
 
+@pytest.fixture(scope="session")
+def own_processor(tiny_model: Any) -> Any:
+    """A family's processor as transformers loads it."""
+    from transformers import AutoProcessor
+
+    return lambda name: AutoProcessor.from_pretrained(tiny_model(name))
+
+
 def expected_inputs(processor: Any, text: str, **given: Any) -> dict[str, torch.Tensor]:
     out = processor(text=[text], return_tensors="pt", **given)
     names = {"input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts"}
@@ -61,15 +69,16 @@ def expected_inputs(processor: Any, text: str, **given: Any) -> dict[str, torch.
 
 @pytest.mark.parametrize("sizes", [[(96, 64)], [(64, 64), (33, 210), (150, 40)]])
 def test_the_tensors_of_images_are_the_processors(
-    encoders: Encoders, shell: str, sizes: list
+    encoders: Encoders, own_processor: Any, shell: str, sizes: list
 ) -> None:
     media = encoders(shell).media
     images = [noise(size, seed=i) for i, size in enumerate(sizes)]
     outlines = [media.image(size, alone=len(sizes) == 1) for size in sizes]
     found = media.tensors(outlines, images)
     text = media.processor.image_token * len(sizes)
-    expected = expected_inputs(media.processor, text, images=[images])
+    expected = expected_inputs(own_processor(shell), text, images=[images])
     assert found.keys() == expected.keys()
+    found = transformers_inputs(found)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
@@ -77,7 +86,7 @@ def test_the_tensors_of_images_are_the_processors(
 @pytest.mark.parametrize("name", [name for name in SHELLS if name != "llava"])
 @pytest.mark.parametrize("video_first", [True, False])
 def test_the_tensors_of_a_video_beside_an_image_are_the_processors(
-    encoders: Encoders, name: str, video_first: bool
+    encoders: Encoders, own_processor: Any, name: str, video_first: bool
 ) -> None:
     from transformers.video_utils import VideoMetadata
 
@@ -95,7 +104,7 @@ def test_the_tensors_of_a_video_beside_an_image_are_the_processors(
         total_num_frames=37, fps=10.0, duration=3.7, frames_indices=list(video.frames)
     )
     expected = expected_inputs(
-        media.processor,
+        own_processor(name),
         " and ".join(tokens),
         images=[[picture]],
         videos=[torch.from_numpy(pixels).permute(0, 3, 1, 2)],
@@ -103,6 +112,7 @@ def test_the_tensors_of_a_video_beside_an_image_are_the_processors(
         do_sample_frames=False,
     )
     assert found.keys() == expected.keys()
+    found = transformers_inputs(found)
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
 
@@ -240,7 +250,6 @@ def test_features_of_a_row_are_those_of_its_samples(
     """One and several images a sample; a family may treat them differently."""
     import transformers
 
-    from tests.tiny.rows import row_of
     from vlmcore.models.vision import placeholders, see
 
     encoder = encoders(shell)
@@ -255,8 +264,12 @@ def test_features_of_a_row_are_those_of_its_samples(
     tokens = placeholders(tiny_model(shell), encoder.family, model.config)
     with torch.no_grad():
         row = row_of(samples)
-        (whole,) = see(model, row.vision, tokens, dtype=torch.float32)
-        parts = [see(model, s.vision, tokens, dtype=torch.float32) for s in samples if s.vision]
+        (whole,) = see(model, transformers_inputs(row.vision), tokens, dtype=torch.float32)
+        parts = [
+            see(model, transformers_inputs(sample.vision), tokens, dtype=torch.float32)
+            for sample in samples
+            if sample.vision
+        ]
     expected = torch.cat([part[0].embedded for part in parts])
     assert int((row.input_ids == tokens.image).sum()) == len(expected)
     # matrix products over more rows add up in another order

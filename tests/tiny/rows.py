@@ -1,15 +1,17 @@
 """Encoded samples and rows without a loader, for tests of what consumes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from vlmcore.dataloading.encode import ConversationEncoder
 from vlmcore.dataloading.samples import PackedRow, TokenSample, pack_row
 
 Size = tuple[int, int]  # width and height in pixels
+FRAMES_OF_A_PATCH = 2  # in every tiny model with grids
 
 
 def noise(size: Size, *, seed: int = 0) -> Image.Image:
@@ -40,6 +42,16 @@ def token_sample(encoder: ConversationEncoder, *turns: str, images: Sequence[Siz
         position_ids=text.position_ids,
         vision=processor.tensors(media, opened) if processor else {},
     )
+
+
+def transformers_inputs(vision: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same as its own models want it: each frame of an image's patch is there."""
+    inputs = dict(vision)
+    pixels = inputs.get("pixel_values")
+    if "image_grid_thw" in inputs and pixels is not None:
+        frames = pixels.unflatten(1, (3, 1, -1)).expand(-1, -1, FRAMES_OF_A_PATCH, -1)
+        inputs["pixel_values"] = frames.flatten(1)
+    return inputs
 
 
 def row_of(samples: Sequence[TokenSample], *, multiple: int = 1) -> PackedRow:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from tests.tiny.adapters import hf_model, with_adapter
 from tests.tiny.megatron import prepared, stage
-from tests.tiny.rows import row_of, token_sample
+from tests.tiny.rows import row_of, token_sample, transformers_inputs
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder, dummy_vision_inputs
 from vlmcore.dataloading.samples import PackedRow, TokenSample
 from vlmcore.families import family_of, read_config
@@ -119,7 +119,7 @@ def _losses(model: Any, rows: list[list[TokenSample]], stage: TrainStage) -> tup
 
 def _loss_sum(model: Any, sample: TokenSample) -> torch.Tensor:
     ids = sample.input_ids[None]
-    extra: dict[str, Any] = dict(sample.vision)
+    extra: dict[str, Any] = transformers_inputs(sample.vision)
     if extra:
         extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, **extra).logits[0]

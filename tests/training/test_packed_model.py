@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.tiny.adapters import hf_model
 from tests.tiny.megatron import stage
-from tests.tiny.rows import row_of, token_sample
+from tests.tiny.rows import row_of, token_sample, transformers_inputs
 from vlmcore.dataloading.encode import IGNORED, ConversationEncoder, dummy_vision_inputs
 from vlmcore.dataloading.samples import TokenSample
 from vlmcore.errors import TrainError
@@ -43,7 +43,7 @@ def packed_model(hf_dir: Path, **fields: Any) -> PackedModel:
 def reference(model: Any, sample: TokenSample) -> torch.Tensor:
     """The weighted loss of a sample by the whole model of transformers, alone in its row."""
     ids = sample.input_ids[None]
-    extra: dict[str, Any] = dict(sample.vision)
+    extra: dict[str, Any] = transformers_inputs(sample.vision)
     if extra:
         extra["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     logits = model(input_ids=ids, **extra).logits[0]

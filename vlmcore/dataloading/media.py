@@ -96,6 +96,8 @@ class MediaProcessor:
         defaults = self.processor.valid_processor_kwargs._defaults
         self._image_options = dict(defaults.get("images_kwargs", {}))
         self._bound_images()
+        if hasattr(self._images, "temporal_patch_size"):  # an image is one frame, not repeated
+            self._images.temporal_patch_size = 1  # vlmcore.models.patch_projection knows it
         if limits.video_max_pixels is not None and not self._has_grids(self._videos):
             raise DataError(_no_such_limit(self._videos, "video_max_pixels"))
         self._crop = self._fixed_crop()

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.models.gated import gate_by_hand
 from vlmcore.models.norm import norm_by_hand
+from vlmcore.models.patch_projection import project_by_product
 from vlmcore.models.vision import Placeholders, marked, reach, see
 from vlmcore.models.vision_attention import NAME, attend_by_length, register
 
@@ -87,6 +88,7 @@ class PackedModel(nn.Module):
         self.decoder.config._attn_implementation = NAME
         if placeholders is not None:
             attend_by_length(self.vision)
+            project_by_product(self.vision)
         gate_by_hand(self.model)
         norm_by_hand(self.model)
         self._routers = _RouterLogits(self.decoder)
