@@ -5,11 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from vlmcore.models import layers
-from vlmcore.models.layers import PackedAttention, PositionRotary
+from vlmcore.models.layers import PackedAttention, PositionRotary, RowParams
 
 HEADS, GROUPS, DIM = 4, 2, 8
 LLAMA3 = {
@@ -22,9 +21,9 @@ LLAMA3 = {
 }
 
 
-def packed(lengths: list[int]) -> PackedSeqParams:
+def packed(lengths: list[int]) -> RowParams:
     ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    return RowParams(qkv_format="sbhd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
 
 
 def qkv(num_tokens: int, *, rows: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,6 +84,23 @@ def test_parts_of_a_row_attend_to_what_came_before_them(
     )
     expected = dense(query, key, value, [3, 18, 3], DIM**-0.5)
     torch.testing.assert_close(found, torch.cat([expected[:6], expected[18:]]))
+
+
+@pytest.mark.parametrize("chunks", [((0, 24),), ((0, 6), (18, 24))])
+def test_context_of_some_tokens_alone_is_theirs(
+    kernels: str, monkeypatch: pytest.MonkeyPatch, chunks: tuple[tuple[int, int], ...]
+) -> None:
+    monkeypatch.setattr(layers, "_own_chunks", lambda _: chunks)
+    query, key, value = (x.detach().float().requires_grad_() for x in qkv(24))
+    own = torch.cat([query[a:b] for a, b in chunks])
+    params, attention = packed([3, 18, 3]), PackedAttention(None, 1, None, "self")
+    read = torch.tensor([4, 5, 9, 11])
+    expected = attention(own, key, value, packed_seq_params=params)[read]
+    params.read = read
+    found = attention(own, key, value, packed_seq_params=params)
+    probe = torch.linspace(-1, 1, found.numel()).view(found.shape)
+    grads = [torch.autograd.grad((x * probe).sum(), (query, key, value)) for x in (found, expected)]
+    torch.testing.assert_close([found, *grads[0]], [expected, *grads[1]], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu

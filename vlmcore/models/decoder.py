@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlmcore.models.arriving import await_weights
 from vlmcore.models.context_parallel import own_part
+from vlmcore.models.layers import RowParams
 from vlmcore.models.loss import token_losses
 
 
@@ -41,13 +42,33 @@ class DecoderLayer(TransformerLayer):
     ) -> tuple[Tensor, Any]:
         """Hidden states [S, B, H], of the tokens `read_N` alone [N, 1, H]; and Megatron's context.
 
-        Other tokens have had their say once attention is done.
+        Of the others only keys and values are asked for.
         """
         if read_N is not None:
-            hidden_SBH, context = self._forward_attention(*args, **kwargs)
-            return self._forward_mlp(hidden_SBH.index_select(0, read_N)), context
+            return self._forward_read(read_N, **kwargs), None
         hidden_SBH, context = super().forward(*args, **kwargs)
         return hidden_SBH if deepstack_SBH is None else hidden_SBH + deepstack_SBH, context
+
+    def _forward_read(
+        self,
+        read_N: Tensor,
+        *,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary_pos_emb: Tensor | None,
+        packed_seq_params: RowParams,
+        **_: Any,
+    ) -> Tensor:
+        attended = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=replace(packed_seq_params, read=read_N),
+        )
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        hidden_NBH = add(attended, hidden_states.index_select(0, read_N), self.hidden_dropout)
+        out: Tensor = self._forward_mlp(hidden_NBH)
+        return out
 
 
 class DecoderBlock(TransformerBlock):
@@ -58,7 +79,7 @@ class DecoderBlock(TransformerBlock):
         hidden_states: Tensor | None,
         attention_mask: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowParams | None = None,
         deepstack: Sequence[Tensor] = (),
         is_padding_BS: Tensor | None = None,
         read_N: Tensor | None = None,
@@ -133,7 +154,7 @@ class Decoder(GPTModel):
         *,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowParams | None = None,
         deepstack: Sequence[Tensor] = (),
         is_padding_BS: Tensor | None = None,
     ) -> Tensor:
@@ -153,7 +174,7 @@ class Decoder(GPTModel):
             extra_block_kwargs={
                 "deepstack": deepstack,
                 "is_padding_BS": is_padding_BS,
-                "read_N": self._read(labels, len(deepstack)),
+                "read_N": self._read(labels, len(deepstack)) if packed_seq_params else None,
             },
         )
         return out

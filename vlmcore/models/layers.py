@@ -32,6 +32,17 @@ MAX_MASKED = 1024  # queries whose mask over their keys is in memory at once
 PADDED_PAIRS = 128**2  # of tokens: to attend over so many costs about as much as a call
 
 
+@dataclass
+class RowParams(PackedSeqParams):
+    """Where the samples of a row begin, and of which tokens context is asked for.
+
+    Attributes:
+        read: Among this rank's [N], ascending; None: all.
+    """
+
+    read: Tensor | None = None
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with Megatron's signature.
 
@@ -86,9 +97,9 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowParams | None = None,
     ) -> Tensor:
-        """Context [S, B, N · D]."""
+        """Context [S, B, N · D], of the tokens that are read."""
         if packed_seq_params is None:
             query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
             context = self._attend(query, key, value).permute(2, 0, 1, 3)
@@ -96,10 +107,12 @@ class PackedAttention(nn.Module):
         query_SND = query_SBND[:, 0]
         key_TGD, value_TGD = whole_row(key_SBGD)[:, 0], whole_row(value_SBGD)[:, 0]
         row = tuple(packed_seq_params.cu_seqlens_q.tolist()), _own_chunks(len(key_TGD))
+        read_N = packed_seq_params.read
         if has_varlen_kernel(query_SND):
-            context = self._by_kernel(_starts(*row), query_SND, key_TGD, value_TGD)
+            context = self._by_kernel(_starts(*row), query_SND, key_TGD, value_TGD, read_N)
         else:
             context = self._by_groups(_plan(*row), query_SND, key_TGD, value_TGD)
+            context = context if read_N is None else context.index_select(0, read_N)
         return context.flatten(1).unsqueeze(1)
 
     def _by_groups(
@@ -129,7 +142,12 @@ class PackedAttention(nn.Module):
         return torch.cat(contexts).index_select(0, plan.places.to(place))
 
     def _by_kernel(
-        self, starts: _Starts, query_SND: Tensor, key_TGD: Tensor, value_TGD: Tensor
+        self,
+        starts: _Starts,
+        query_SND: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        read_N: Tensor | None,
     ) -> Tensor:
         place = query_SND.device
         if starts.seen is not None:
@@ -138,7 +156,7 @@ class PackedAttention(nn.Module):
         scale = query_SND.shape[-1] ** -0.5 if self.scale is None else self.scale
         return varlen_attention(
             query_SND, key_TGD, value_TGD, starts.queries.to(place), starts.keys.to(place),
-            longest=starts.longest, scale=scale, causal=True,
+            longest=starts.longest, scale=scale, causal=True, read_R=read_N,
         )  # fmt: skip
 
     def _continue(

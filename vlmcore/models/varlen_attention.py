@@ -3,7 +3,8 @@
 A GPU in half precision has torch's kernel, a CPU in fp32 ours, where it compiles; elsewhere callers
 form batches of like length.
 
-Shape suffixes: S queries of a row, T keys, N query heads, G kv heads, D head dim.
+Shape suffixes: S queries of a row, R those that are read, T keys, N query heads, G kv heads, D head
+dim.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def varlen_attention(
     longest: tuple[int, int],
     scale: float,
     causal: bool,
+    read_R: Tensor | None = None,
 ) -> Tensor:
-    """Context [S, N, D]; `has_varlen_kernel` must be true of the query.
+    """Context [S, N, D], or [R, N, D]; `has_varlen_kernel` must be true of the query.
 
     Args:
         query_SND: One type and device for all three.
@@ -46,11 +48,18 @@ def varlen_attention(
         longest: Queries of the sample with the most, and keys.
         scale: Of the scores.
         causal: A sample's last query sees its last key, the one before it one key less, and so on.
+        read_R: Queries whose context is asked for, ascending; None: all.
     """
     starts = query_starts, key_starts
     if not query_SND.is_cuda:
         visible = _visible(*starts) if causal else None
-        return attention.attend(query_SND, key_TGD, value_TGD, *starts, visible, scale=scale)
+        if read_R is not None:
+            query_SND = query_SND.index_select(0, read_R)
+            visible = None if visible is None else visible.index_select(0, read_R)
+            query_starts = torch.searchsorted(read_R, query_starts, out_int32=True)
+        return attention.attend(
+            query_SND, key_TGD, value_TGD, query_starts, key_starts, visible, scale=scale
+        )
     from torch.nn.attention.varlen import varlen_attn
 
     context: Any = varlen_attn(
@@ -59,7 +68,7 @@ def varlen_attention(
         enable_gqa=query_SND.shape[1] != key_TGD.shape[1],
     )  # fmt: skip
     whole: Tensor = context
-    return whole
+    return whole if read_R is None else whole.index_select(0, read_R)
 
 
 def _visible(query_starts: Tensor, key_starts: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from vlmcore.models.arriving import await_weights
 from vlmcore.models.context_parallel import own_part
 from vlmcore.models.decoder import Decoder
+from vlmcore.models.layers import RowParams
 from vlmcore.models.vision import Placeholders, marked, reach, see
 
 
@@ -75,7 +75,7 @@ class VisionLanguageModel(MegatronModule):
         attention_mask: Tensor | None = None,
         *,
         labels: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: RowParams | None = None,
         is_padding_BS: Tensor | None = None,
         **vision_inputs: Any,
     ) -> Tensor:

@@ -11,13 +11,13 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from vlmcore import megatron_cpu
 from vlmcore.dataloading.samples import PackedRow
 from vlmcore.models.context_parallel import own_part
+from vlmcore.models.layers import RowParams
 from vlmcore.training.counts import counts_of, num_real
 from vlmcore.training.router_losses import RouterLosses
 from vlmcore.training.throughput import LARGEST_MEMORY, sums_and_memory
@@ -121,11 +121,11 @@ def forward_step(
     return losses, partial(_sum_losses, own_part(row.loss_scale.to(place)[None], dim=1))
 
 
-def packed_seq_params(row: PackedRow) -> PackedSeqParams:
+def packed_seq_params(row: PackedRow) -> RowParams:
     """Where the samples of a row begin, for PackedAttention."""
     seqlens = row.cu_seqlens.to(megatron_cpu.device())
     longest = int(row.cu_seqlens.diff().max())
-    return PackedSeqParams(
+    return RowParams(
         qkv_format="sbhd",  # rotary positions are explicit, so rows stay [S, 1, …]
         cu_seqlens_q=seqlens,
         cu_seqlens_kv=seqlens,
