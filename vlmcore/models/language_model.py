@@ -31,6 +31,7 @@ from vlmcore.models.decoder import Decoder, DecoderBlock, DecoderLayer
 from vlmcore.models.experts import GroupedExperts
 from vlmcore.models.gated import SwiGLU
 from vlmcore.models.layers import PackedAttention, PositionRotary, RMSNorm
+from vlmcore.models.linear import ColumnLinear, RowLinear
 
 
 def transformer_config(
@@ -189,11 +190,13 @@ def _layer_spec(model: LanguageModel, config: TransformerConfig) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, RowLinear
     if model.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     mlp = layer.submodules.mlp
     gated = mlp.submodules.experts if model.moe else mlp
     gated.submodules.activation_func = SwiGLU
+    gated.submodules.linear_fc1, gated.submodules.linear_fc2 = ColumnLinear, RowLinear
     if model.moe:
         if config.moe_grouped_gemm:
             mlp.submodules.experts.module = GroupedExperts

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from vlmcore.errors import TrainError
 from vlmcore.models.arriving import await_weights
 from vlmcore.models.build import sharded_state_dict
+from vlmcore.models.linear import ColumnLinear, RowLinear
 from vlmcore.weights.adapter_plan import AdapterPlan, write_adapter_config
 from vlmcore.weights.adapters import AdapterSource
 from vlmcore.weights.convert import CHECKPOINT
@@ -69,7 +70,7 @@ class LowRank(nn.Module):
         return F.linear(z, b.flatten(0, -2)) * self.scale
 
 
-class LoraColumn(ColumnParallelLinear):
+class LoraColumn(ColumnLinear):
     """A column-parallel layer with adapters; an existing layer becomes one through `attach`."""
 
     adapter: nn.ModuleDict
@@ -131,7 +132,7 @@ class LoraColumn(ColumnParallelLinear):
         return base | _sharded(self, "lora_B", prefix, sharded_offsets, metadata)
 
 
-class LoraRow(RowParallelLinear):
+class LoraRow(RowLinear):
     """A row-parallel layer with an adapter; an existing layer becomes one through `attach`."""
 
     adapter: nn.ModuleDict
