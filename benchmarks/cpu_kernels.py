@@ -7,6 +7,7 @@ after the other, over images or samples of one length in a single call.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -31,6 +32,7 @@ ATTENTION = {  # lengths, query heads, key heads, head dim, causal
     "tiny tower, 1 image of 1024 patches": ([1024], 4, 4, 16, False),
     "tiny decoder, 3072 tokens of 60 to 1400": ([1400, 800, 400, 250, 162, 60], 4, 2, 32, True),
 }
+LINEAR = ((1024, 1024), (128, 256))
 Case = tuple[Callable[[], Tensor], Callable[[], Tensor], tuple[Tensor, ...]]
 
 
@@ -111,12 +113,15 @@ def attention(lengths: list[int], heads: int, groups: int, width: int, causal: b
 
 
 def products(repeats: int) -> dict[str, tuple[float, float, float]]:
-    """One linear layer: with torch's choice of library, and with ours."""
-    x, weight = leaf(TOKENS, 1024), leaf(1024, 1024)
-    theirs = best_ms(lambda: F.linear(x, weight), (x, weight), repeats)
-    with fast_products():
-        mine = best_ms(lambda: F.linear(x, weight), (x, weight), repeats)
-    return {"linear layer, 1024 x 1024": rounded(theirs, mine)}
+    """Linear layers: with torch's choice of library, and with ours."""
+    found = {}
+    for width, height in LINEAR:
+        x, weight = leaf(TOKENS, width), leaf(height, width)
+        case = functools.partial(F.linear, x, weight), (x, weight), repeats
+        theirs = best_ms(*case)
+        with fast_products():
+            found[f"linear layer, {width} x {height}"] = rounded(theirs, best_ms(*case))
+    return found
 
 
 def measure(

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vlmcore.kernels import matrix_products
-from vlmcore.kernels.matrix_products import fast_products
+from vlmcore.kernels import compiled, matrix_products
+from vlmcore.kernels.matrix_products import LANES, fast_products
 
 SIZES = st.integers(1, 70)
 
@@ -42,6 +42,28 @@ def test_products_are_those_of_float64(m: int, k: int, n: int, form_a: str, form
     for out, expected in ((found, exact), (biased, bias + exact), (scaled, bias + exact / 2)):
         assert out.is_contiguous()
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler or AVX-512")
+@settings(deadline=None, max_examples=100)
+@given(
+    height=SIZES,
+    count=st.one_of(SIZES, st.integers(250, 600)),
+    vectors=st.integers(1, 9),
+    threads=st.sampled_from([1, 3]),
+)
+def test_gradients_of_weights_are_those_of_float64(
+    height: int, count: int, vectors: int, threads: int
+) -> None:
+    grad, x = torch.randn(count, height), torch.randn(count, LANES * vectors)
+    exact = grad.double().t() @ x.double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(matrix_products, "FEW", 0)
+        assert matrix_products._is_of_columns(grad.t(), x)
+        with fast_products():
+            found = grad.t() @ x
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=5e-5)
 
 
 def test_backward_and_other_dtypes_go_the_same_way() -> None:

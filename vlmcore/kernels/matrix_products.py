@@ -1,8 +1,9 @@
-"""Matrix products in fp32 on a CPU, by whichever of torch's two libraries is the faster there.
+"""Matrix products in fp32 on a CPU, by whichever library is the fastest there.
 
 Torch calls MKL, which (2024.2) gives other processors than Intel's its 256-bit code; oneDNN, which
-torch holds too, takes half the time on an AMD EPYC with AVX-512 (`benchmarks/cpu_kernels.py`). It
-ends when torch or MKL chooses better.
+torch holds too, takes half the time on an AMD EPYC with AVX-512, and `matrix_products.cpp` two
+thirds of that for the gradient of a weight (`benchmarks/cpu_kernels.py`). It ends when torch or MKL
+chooses better.
 """
 
 from __future__ import annotations
@@ -10,12 +11,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from vlmcore.kernels.compiled import function, serves
+
 SMALL = 1_500_000  # multiplications; below, finding oneDNN's kernel takes longer than MKL's product
+LARGE = 2**18  # numbers of a result; above, oneDNN's takes no longer than ours
+LANES = 16  # of a row of our result come together
+FEW = 50_000_000  # multiplications; threads take longer to start than they save
 
 _by_onednn = torch.ops.mkldnn._linear_pointwise
 
@@ -45,6 +52,8 @@ def _onednn_is_faster() -> bool:
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if _is_of_columns(a, b):
+        return _transposed_product(a.t(), b)
     if _suits(a, b):
         return _product(a, b, None)
     return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # goes by a kernel of its own
@@ -65,6 +74,31 @@ def _suits(a: Tensor, b: Tensor) -> bool:
         and 1 in a.stride()
         and 1 in b.stride()
     )
+
+
+def _is_of_columns(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` comes columns first, as for a weight's gradient, and our product takes both."""
+    (height, count), width = a.shape, b.shape[1]
+    return (
+        a.stride() == (1, height)
+        and count == len(b)
+        and b.is_contiguous()
+        and width % LANES == 0
+        and 0 < height * width <= LARGE
+        and serves(a, b)
+    )
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """The transpose of `left` [S, H] times `right` [S, W], [H, W]."""
+    (count, height), width = left.shape, right.shape[1]
+    out = left.new_empty(height, width)
+    function("transposed_product", c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64,
+             c_void_p, c_int)(
+        left.data_ptr(), height, right.data_ptr(), width, count, height, width, out.data_ptr(),
+        1 if count * height * width < FEW else torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

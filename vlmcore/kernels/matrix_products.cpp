@@ -1,0 +1,89 @@
+// Products of fp32 matrices that both come rows first and are summed over their rows, as for a
+// weight's gradient. Others transpose one of them first, in a pass over memory of its own.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int WIDE = 4;            // vectors of a row of the result that stay in registers
+constexpr int HIGH = 6;            // rows of it
+constexpr int64_t TOGETHER = 256;  // rows of both factors; so many fit the second cache
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+struct Factor {
+    const float *data;
+    int64_t row;  // numbers from one row to the next
+};
+
+// H rows and W vectors of out += the sum over `count` rows of left[row] times right[row].
+template <int H, int W>
+void add_tile(float *out, int64_t width, Factor left, Factor right, int64_t count) {
+    vec sum[H][W] = {};  // from nothing: what comes from many rows would round what these add
+    for (int64_t row = 0; row < count; row++) {
+        const float *a = left.data + row * left.row, *b = right.data + row * right.row;
+        vec of[W];
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) of[w] = *(const vec *)(b + w * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < H; i++)
+#pragma GCC unroll 4
+            for (int w = 0; w < W; w++) sum[i][w] += a[i] * of[w];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < H; i++)
+#pragma GCC unroll 4
+        for (int w = 0; w < W; w++) *(vec *)(out + i * width + w * LANES) += sum[i][w];
+}
+
+// The tile of so many rows and vectors.
+typedef void (*Tile)(float *, int64_t, Factor, Factor, int64_t);
+
+template <int H = HIGH, int W = WIDE>
+Tile tile_of(int high, int wide) {
+    if constexpr (H > 1)
+        if (high < H) return tile_of<H - 1, W>(high, wide);
+    if constexpr (W > 1)
+        if (wide < W) return tile_of<H, W - 1>(high, wide);
+    return add_tile<H, W>;
+}
+
+// Rows [first, last) of the result.
+void product_of_part(Factor left, Factor right, int64_t rows, int64_t first, int64_t last,
+                     int64_t width, float *out) {
+    memset(out + first * width, 0, sizeof(float) * (last - first) * width);
+    for (int64_t begin = 0; begin < rows; begin += TOGETHER) {
+        const int64_t count = std::min(TOGETHER, rows - begin);
+        for (int64_t k = 0; k < width; k += WIDE * LANES)
+            for (int64_t m = first; m < last; m += HIGH) {
+                const Tile add = tile_of(std::min<int64_t>(HIGH, last - m),
+                                         std::min<int64_t>(WIDE, (width - k) / LANES));
+                add(out + m * width + k, width, {left.data + begin * left.row + m, left.row},
+                    {right.data + begin * right.row + k, right.row}, count);
+            }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [height, width] = the transpose of left [rows, height] times right [rows, width]; width is
+// a multiple of LANES. The two strides are in numbers.
+void transposed_product(const float *left, int64_t left_row, const float *right, int64_t right_row,
+                        int64_t rows, int64_t height, int64_t width, float *out, int parts) {
+    auto work = [=](int64_t first, int64_t last) {
+        product_of_part({left, left_row}, {right, right_row}, rows, first, last, width, out);
+    };
+    std::vector<std::thread> threads;
+    for (int part = 1; part < parts; part++)
+        threads.emplace_back(work, height * part / parts, height * (part + 1) / parts);
+    work(0, height / parts);
+    for (auto &thread : threads) thread.join();
+}
+}
