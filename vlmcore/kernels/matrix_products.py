@@ -21,7 +21,6 @@ from vlmcore.kernels.compiled import function, serves
 
 SMALL = 1_500_000  # multiplications; below, finding oneDNN's kernel takes longer than MKL's product
 LARGE = 2**18  # numbers of a result; above, oneDNN's takes no longer than ours
-LANES = 16  # of a row of our result come together
 FEW = 50_000_000  # multiplications; threads take longer to start than they save
 
 _by_onednn = torch.ops.mkldnn._linear_pointwise
@@ -83,7 +82,6 @@ def _is_of_columns(a: Tensor, b: Tensor) -> bool:
         a.stride() == (1, height)
         and count == len(b)
         and b.is_contiguous()
-        and width % LANES == 0
         and 0 < height * width <= LARGE
         and serves(a, b)
     )
