@@ -30,7 +30,9 @@ ATTENTION = {  # lengths, query heads, key heads, head dim, causal
     "decoder, 1 sample of 4096": ([4096], 16, 8, 128, True),
     "decoder, 3072 tokens of 60 to 1400": ([1400, 800, 400, 250, 162, 60], 16, 8, 128, True),
     "tiny tower, 1 image of 1024 patches": ([1024], 4, 4, 16, False),
+    "tiny tower, 80 windows of 64 patches": ([64] * 80, 4, 4, 16, False),
     "tiny decoder, 3072 tokens of 60 to 1400": ([1400, 800, 400, 250, 162, 60], 4, 2, 32, True),
+    "tiny decoder, 8 samples of 75": ([75] * 8, 4, 2, 32, True),
 }
 LINEAR = ((1024, 1024), (128, 256))
 Case = tuple[Callable[[], Tensor], Callable[[], Tensor], tuple[Tensor, ...]]

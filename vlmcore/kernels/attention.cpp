@@ -1,8 +1,13 @@
 // Attention of packed samples in fp32 on a CPU, forward and backward.
 //
 // A query says how many keys of its sample it sees, from the first on. Scores exist for ROWS queries
-// and BLOCK keys at a time, which the first cache holds; backward computes them again from the
-// softmax's sums. Method: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
+// and BLOCK keys at a time, which the first cache holds; backward computes them again from each
+// softmax's largest score and sum. Method: Dao, FlashAttention-2 (2023), algorithms 1 and 2.
+//
+// Lanes of a vector are queries, so that a softmax needs no sum across lanes, and all products are
+// one loop: numbers, read one by one, times vectors. Scores are to base 2.
+
+#include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
@@ -34,33 +39,63 @@ struct Row {
 namespace {
 
 constexpr int LANES = 16;
-constexpr int ROWS = 8;          // queries that share each load of a key
-constexpr int TILE = 2 * LANES;  // keys whose scores with ROWS queries stay in registers
-constexpr int BLOCK = 512;       // keys whose scores with ROWS queries stay in the first cache
+constexpr int VECTORS = 2;             // of queries that share each load of a key
+constexpr int ROWS = VECTORS * LANES;  // queries at a time
+constexpr int TILE = 8;                // keys, or numbers of a head, whose sums stay in registers
+constexpr int BLOCK = 128;             // keys whose scores with ROWS queries stay in the first cache
+constexpr int AHEAD = 64;  // tokens fetched early; windows of 64 took 1.4 times as long without
 constexpr float HIDDEN = -INFINITY;
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef vec Tile[ROWS][2];
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+// TILE rows of V vectors, which stay in registers where all indices are known.
+template <int V>
+using Rows = vec[TILE][V];
+typedef Rows<VECTORS> Tile;
+
+// Calls work(row, vector) for each vector of them.
+template <int V, class Work>
+inline void for_each_vector(Work work) {
+#pragma GCC unroll 8
+    for (int t = 0; t < TILE; t++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) work(t, v);
+}
 
 inline vec load(const float *from) { return *reinterpret_cast<const vec *>(from); }
 inline void store(float *to, vec x) { *reinterpret_cast<vec *>(to) = x; }
 inline vec all(float x) { return x - vec{}; }
-inline vec larger(vec a, vec b) { return a > b ? a : b; }
+inline vec larger(vec a, vec b) { return _mm512_max_ps(a, b); }
 inline float *at(const Heads &x, int64_t token, int64_t head) {
     return x.data + token * x.token + head * x.head;
 }
 
-inline float sum_of(vec x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) x[lane] += x[lane + half];
-    return x[0];
+// The first `count` lanes of a vector in memory; the others are zeros, or stay as they are.
+inline __mmask16 first_of(int count) { return count < LANES ? (1 << count) - 1 : -1; }
+inline vec load(const float *from, int count) {
+    return _mm512_maskz_loadu_ps(first_of(count), from);
 }
+inline void store(float *to, vec x, int count) { _mm512_mask_storeu_ps(to, first_of(count), x); }
 
-inline float largest_of(vec x) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) x[lane] = std::max(x[lane], x[lane + half]);
-    return x[0];
+// Lane i of vector j becomes lane j of vector i: quarters off the diagonal change places, then
+// their quarters, and so on.
+inline void transpose(vec (&x)[LANES]) {
+    ivec lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+#pragma GCC unroll 4
+    for (int half = LANES / 2; half; half /= 2) {
+        const ivec upper = (lane & half) == half;
+        const ivec low = upper ? lane - half + LANES : lane;  // from LANES on: lanes of the second
+        const ivec high = upper ? lane + LANES : lane + half;
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & half) continue;
+            const vec a = x[i], b = x[i + half];
+            x[i] = _mm512_permutex2var_ps(a, (__m512i)low, b);
+            x[i + half] = _mm512_permutex2var_ps(a, (__m512i)high, b);
+        }
+    }
 }
 
 inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -96,24 +131,39 @@ struct Memory {
         taken.push_back(place);
         return static_cast<float *>(place);
     }
-    float *per_key(int numbers) { return take(keys * numbers); }
+    float *per_key() { return take(keys * wide); }
     float *rows() { return take(ROWS * wide); }
     float *scores() { return take(ROWS * BLOCK); }
 };
 
-// Up to ROWS queries, and how many keys each sees; those past the sample's end are zeros.
-struct Queries {
+// LANES queries of one head, and how many keys each sees; those past the sample's end are zeros.
+struct Part {
     int64_t first;
-    int count, least = INT32_MAX, most = 1;
-    int32_t visible[ROWS];
+    int head, count;
+    ivec visible;
+};
 
-    Queries(const Row &row, const Sample &sample, int begin)
-        : first(sample.query + begin), count(std::min(ROWS, sample.queries - begin)) {
-        for (int r = 0; r < ROWS; r++) {
-            const bool real = r < count;
-            visible[r] = !real ? 1 : row.visible ? row.visible[first + r] : sample.keys;
-            least = std::min(least, visible[r]);
-            most = std::max(most, visible[r]);
+// ROWS queries of the heads that share a key's: parts follow each other by head, then by position.
+struct Queries {
+    Part parts[VECTORS];
+    int least = INT32_MAX, most = 1;
+
+    static int parts_of(const Row &row, const Sample &sample) {
+        return rounded(sample.queries, LANES) / LANES * row.queries_per_key;
+    }
+
+    Queries(const Row &row, const Sample &sample, int key_head, int index) {
+        for (Part &part : parts) {
+            const int skipped = index / row.queries_per_key * LANES;
+            part.first = sample.query + skipped;
+            part.head = key_head * row.queries_per_key + index++ % row.queries_per_key;
+            part.count = std::max(0, std::min(LANES, sample.queries - skipped));
+            part.visible = ivec{} + sample.keys;
+            if (row.visible)
+                part.visible = (ivec)_mm512_mask_loadu_epi32(
+                    _mm512_set1_epi32(1), first_of(part.count), row.visible + part.first);
+            least = std::min(least, _mm512_reduce_min_epi32((__m512i)part.visible));
+            most = std::max(most, _mm512_reduce_max_epi32((__m512i)part.visible));
         }
     }
 };
@@ -123,93 +173,121 @@ void pack(float *to, const Heads &x, int64_t first, int head, int count, int pad
           const Memory &memory, float scale = 1) {
     for (int i = 0; i < count; i++, to += memory.wide) {
         const float *from = at(x, first + i, head);
-        for (int d = 0; d < memory.width; d++) to[d] = from[d] * scale;
-        for (int d = memory.width; d < memory.wide; d++) to[d] = 0;
+        int d = 0;
+        for (; d + LANES <= memory.width; d += LANES) {
+            __builtin_prefetch(from + AHEAD * x.token + d);  // a hint: reads nothing past the end
+            store(to + d, load(from + d) * scale);
+        }
+        if (d < memory.width) store(to + d, load(from + d, memory.width - d) * scale);
     }
     memset(to, 0, sizeof(float) * int64_t(padded - count) * memory.wide);
 }
 
-// A head's keys or values as [padded / LANES, width, LANES].
-void pack_turned(float *to, const Heads &x, const Sample &sample, int head, int width) {
-    for (int k = 0; k < sample.padded_keys; k++) {
-        float *lane = to + int64_t(k / LANES) * LANES * width + k % LANES;
-        const float *from = at(x, sample.key + k, head);
-        for (int d = 0; d < width; d++) lane[d * LANES] = k < sample.keys ? from[d] : 0;
+// A head's queries, or what belongs to them, as [ROWS, wide].
+void pack(float *to, const Heads &x, const Queries &queries, const Memory &memory,
+          float scale = 1) {
+    for (int v = 0; v < VECTORS; v++) {
+        const Part &part = queries.parts[v];
+        pack(to + v * LANES * memory.wide, x, part.first, part.head, part.count, LANES, memory,
+             scale);
     }
 }
 
-// Products of ROWS rows with the TILE turned tokens from `first` on.
-inline void multiply(Tile &out, const float *rows, const float *turned, int first,
-                     const Memory &memory) {
-    const float *left = turned + int64_t(first) * memory.width;
-    const float *right = left + LANES * memory.width;
-    for (int r = 0; r < ROWS; r++) out[r][0] = out[r][1] = vec{};
-    for (int d = 0; d < memory.width; d++) {
-        const vec a = load(left + d * LANES), b = load(right + d * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) {
-            out[r][0] += rows[r * memory.wide + d] * a;
-            out[r][1] += rows[r * memory.wide + d] * b;
+// [ROWS, wide] as [wide, ROWS].
+void turn(float *to, const float *rows, const Memory &memory) {
+    for (int row = 0; row < ROWS; row += LANES)
+        for (int d = 0; d < memory.wide; d += LANES) {
+            vec x[LANES];
+            for (int i = 0; i < LANES; i++) x[i] = load(rows + (row + i) * memory.wide + d);
+            transpose(x);
+            for (int i = 0; i < LANES; i++) store(to + (d + i) * ROWS + row, x[i]);
         }
+}
+
+// Writes queries' [wide, ROWS], each query's numbers times its scale.
+void unpack(const Heads &to, const Queries &queries, const float *turned, const vec *scales,
+            const Memory &memory) {
+    for (int v = 0; v < VECTORS; v++)
+        for (int d = 0; d < memory.width; d += LANES) {
+            const Part &part = queries.parts[v];
+            vec x[LANES];
+            for (int i = 0; i < LANES; i++)
+                x[i] = load(turned + (d + i) * ROWS + v * LANES) * scales[v];
+            transpose(x);
+            for (int i = 0; i < part.count; i++)
+                store(at(to, part.first + i, part.head) + d, x[i], memory.width - d);
+        }
+}
+
+// Writes a head's [keys, wide], times `scale`.
+void unpack(const Heads &to, const Sample &sample, int head, const float *from,
+            const Memory &memory, float scale) {
+    for (int i = 0; i < sample.keys; i++, from += memory.wide)
+        for (int d = 0; d < memory.width; d += LANES)
+            store(at(to, sample.key + i, head) + d, load(from + d) * scale, memory.width - d);
+}
+
+// Row t of `out`: the sum of numbers[t * apart + i * along] times the i-th of `count` vectors.
+template <int V>
+inline void multiply(Rows<V> &out, const float *numbers, int64_t apart, int64_t along,
+                     const float *vectors, int64_t stride, int count) {
+    for_each_vector<V>([&](int t, int v) { out[t][v] = vec{}; });
+    for (int i = 0; i < count; i++) {
+        vec x[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) x[v] = load(vectors + i * stride + v * LANES);
+        for_each_vector<V>(
+            [&](int t, int v) { out[t][v] += numbers[t * apart + i * along] * x[v]; });
     }
 }
 
-// Scores of the keys from `first` on; what a query does not see is HIDDEN.
-inline void score(Tile &out, const Queries &queries, const float *rows, const float *turned_keys,
+// Products of TILE of the packed tokens with [wide, ROWS].
+inline void multiply(Tile &out, const float *tokens, const float *turned, const Memory &memory) {
+    multiply(out, tokens, memory.wide, 1, turned, ROWS, memory.width);
+}
+
+// Scores of the TILE keys from `first` on; what a query does not see is HIDDEN.
+inline void score(Tile &out, const Queries &queries, const float *turned, const float *keys,
                   int first, const Memory &memory) {
-    multiply(out, rows, turned_keys, first, memory);
+    multiply(out, keys + int64_t(first) * memory.wide, turned, memory);
     if (first + TILE <= queries.least) return;
-    ivec key;
-    for (int lane = 0; lane < LANES; lane++) key[lane] = first + lane;
-    for (int r = 0; r < ROWS; r++) {
-        out[r][0] = key < queries.visible[r] ? out[r][0] : all(HIDDEN);
-        out[r][1] = key + LANES < queries.visible[r] ? out[r][1] : all(HIDDEN);
+    for_each_vector<VECTORS>([&](int t, int v) {
+        out[t][v] = first + t < queries.parts[v].visible ? out[t][v] : all(HIDDEN);
+    });
+}
+
+// sums[wide, ROWS] = sums * scales + the transpose of tokens[count, wide] times
+// weights[count, ROWS].
+void add_weighted(float *sums, const vec *scales, const float *weights, const float *tokens,
+                  int count, const Memory &memory) {
+    for (int d = 0; d < memory.width; d += TILE) {
+        Tile tile;
+        multiply(tile, tokens + d, 1, memory.wide, weights, ROWS, count);
+        for_each_vector<VECTORS>([&](int t, int v) {
+            float *to = sums + (d + t) * ROWS + v * LANES;
+            store(to, load(to) * scales[v] + tile[t][v]);
+        });
     }
 }
 
-// W vectors of sums[ROWS, wide] += weights[ROWS, BLOCK] times tokens[count, wide].
-template <int W>
-inline void add_weighted(float *sums, const float *weights, const float *tokens, int count,
-                         int wide) {
-    vec sum[ROWS][W];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int w = 0; w < W; w++) sum[r][w] = load(sums + r * wide + w * LANES);
-    for (int k = 0; k < count; k++) {
-        vec token[W];
-#pragma GCC unroll 2
-        for (int w = 0; w < W; w++) token[w] = load(tokens + int64_t(k) * wide + w * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-            for (int w = 0; w < W; w++) sum[r][w] += weights[r * BLOCK + k] * token[w];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-        for (int w = 0; w < W; w++) store(sums + r * wide + w * LANES, sum[r][w]);
+// V vectors of sums[TILE, wide] += weights[TILE, ROWS] times rows[ROWS, wide].
+template <int V>
+inline void add_outer(float *sums, const float *weights, const float *rows, int wide) {
+    Rows<V> tile;  // ROWS at a time: their rounding does not pile up
+    multiply(tile, weights, ROWS, 1, rows, wide, ROWS);
+    for_each_vector<V>([&](int t, int v) {
+        float *to = sums + t * wide + v * LANES;
+        store(to, load(to) + tile[t][v]);
+    });
 }
 
-void add_weighted(float *sums, const float *weights, const float *tokens, int count, int wide) {
-    int d = 0;
-    for (; d + TILE <= wide; d += TILE) add_weighted<2>(sums + d, weights, tokens + d, count, wide);
-    if (d < wide) add_weighted<1>(sums + d, weights, tokens + d, count, wide);
-}
-
-// sums[count, wide] += the transpose of weights[ROWS, BLOCK] times rows[ROWS, wide].
+// The same for `count` keys and whole rows.
 void add_outer(float *sums, const float *weights, const float *rows, int count, int wide) {
-    for (int d = 0; d < wide; d += LANES) {
-        vec row[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; r++) row[r] = load(rows + r * wide + d);
-        for (int k = 0; k < count; k++) {
-            float *to = sums + int64_t(k) * wide + d;
-            vec sum = weights[k] * row[0];  // eight at a time: their rounding does not pile up
-#pragma GCC unroll 8
-            for (int r = 1; r < ROWS; r++) sum += weights[r * BLOCK + k] * row[r];
-            store(to, load(to) + sum);
-        }
+    for (int k = 0; k < count; k += TILE, sums += TILE * wide, weights += TILE * ROWS) {
+        int d = 0;
+        for (; d + 2 * LANES <= wide; d += 2 * LANES)
+            add_outer<2>(sums + d, weights, rows + d, wide);
+        if (d < wide) add_outer<1>(sums + d, weights, rows + d, wide);
     }
 }
 
@@ -233,167 +311,175 @@ bool for_each_head(const Row &row, Work work) {
 }
 
 struct ForwardMemory : Memory {
-    float *turned_keys = per_key(width), *values = per_key(wide);
-    float *queries = rows(), *sums = rows(), *weights = scores();
+    float *keys_packed = per_key(), *values = per_key();
+    float *queries = rows(), *turned_queries = rows(), *sums = rows(), *weights = scores();
     using Memory::Memory;
 };
 
 struct BackwardMemory : Memory {
-    float *turned_keys = per_key(width), *turned_values = per_key(width), *keys_packed = per_key(wide);
-    float *key_sums = per_key(wide), *value_sums = per_key(wide);
-    float *queries = rows(), *contexts = rows(), *grads = rows(), *query_sums = rows();
+    float *keys_packed = per_key(), *values = per_key();
+    float *key_sums = per_key(), *value_sums = per_key();
+    float *queries = rows(), *turned_queries = rows(), *grads = rows(), *turned_grads = rows();
+    float *contexts = rows(), *query_sums = rows();
     float *weights = scores(), *score_grads = scores();
     using Memory::Memory;
 };
 
 // Softmax so far of ROWS queries: each one's largest score, and the sum of its weights.
 struct Softmax {
-    float largest[ROWS], total[ROWS] = {};
-    Softmax() { std::fill(largest, largest + ROWS, HIDDEN); }
+    vec largest[VECTORS], total[VECTORS] = {};
+    Softmax() { std::fill(largest, largest + VECTORS, all(HIDDEN)); }
 
-    // Turns `count` scores of row `r` into weights; `sums` follow where its largest score grows.
-    void take(int r, float *scores, int count, float found, float *sums, int wide) {
-        if (found > largest[r]) {
-            const float shrink = largest[r] == HIDDEN ? 0 : std::exp(largest[r] - found);
-            total[r] *= shrink;
-            for (int d = 0; shrink && d < wide; d++) sums[d] *= shrink;
-            largest[r] = found;
+    // Turns `count` scores of each query into weights; tells by how much those before them shrink.
+    void take(float *scores, int count, const vec *found, vec *shrink) {
+        Tile totals = {};  // of every TILE-th key: the rounding of one long sum would pile up
+        for (int k = 0; k < count; k += TILE)
+            for_each_vector<VECTORS>([&](int t, int v) {
+                float *place = scores + (k + t) * ROWS + v * LANES;
+                const vec weight = power_of_two(load(place) - found[v]);
+                totals[t][v] += weight;
+                store(place, weight);
+            });
+        for (int v = 0; v < VECTORS; v++) {
+            shrink[v] = power_of_two(largest[v] - found[v]);
+            largest[v] = found[v];
+            total[v] *= shrink[v];
+            for (int t = 0; t < TILE; t++) total[v] += totals[t][v];
         }
-        vec sum{};
-        for (int k = 0; k < count; k += LANES) {
-            const vec weight = exp_of<vec, ivec>(load(scores + k) - largest[r]);
-            sum += weight;
-            store(scores + k, weight);
-        }
-        total[r] += sum_of(sum);
     }
 };
 
-// Context of one head's ROWS queries into memory.sums, not yet divided by the softmax's totals.
+// Context of ROWS queries into memory.sums, not yet divided by the softmax's totals.
 Softmax attend(const Queries &queries, const ForwardMemory &memory) {
     Softmax softmax;
     memset(memory.sums, 0, sizeof(float) * ROWS * memory.wide);
     for (int begin = 0; begin < queries.most; begin += BLOCK) {
         const int count = std::min(BLOCK, queries.most - begin);
-        vec largest[ROWS];
-        std::fill(largest, largest + ROWS, all(HIDDEN));
+        vec largest[VECTORS], shrink[VECTORS];
+        std::copy(softmax.largest, softmax.largest + VECTORS, largest);
         for (int k = 0; k < count; k += TILE) {
             Tile tile;
-            score(tile, queries, memory.queries, memory.turned_keys, begin + k, memory);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                largest[r] = larger(largest[r], larger(tile[r][0], tile[r][1]));
-                store(memory.weights + r * BLOCK + k, tile[r][0]);
-                store(memory.weights + r * BLOCK + k + LANES, tile[r][1]);
-            }
+            score(tile, queries, memory.turned_queries, memory.keys_packed, begin + k, memory);
+            for_each_vector<VECTORS>([&](int t, int v) {
+                largest[v] = larger(largest[v], tile[t][v]);
+                store(memory.weights + (k + t) * ROWS + v * LANES, tile[t][v]);
+            });
         }
-        for (int r = 0; r < ROWS; r++)
-            softmax.take(r, memory.weights + r * BLOCK, count, largest_of(largest[r]),
-                         memory.sums + r * memory.wide, memory.wide);
-        add_weighted(memory.sums, memory.weights, memory.values + int64_t(begin) * memory.wide, count,
-                     memory.wide);
+        softmax.take(memory.weights, count, largest, shrink);
+        add_weighted(memory.sums, shrink, memory.weights,
+                     memory.values + int64_t(begin) * memory.wide, count, memory);
     }
     return softmax;
 }
 
+// Divides the context's gradients by the softmax's sums, whose inverses are `shares`, so that the
+// weights need not be; returns each query's context times that gradient.
+vec weigh_grads(float *grads, const float *contexts, vec shares, int wide) {
+    vec products[LANES] = {}, mean = {};
+    for (int i = 0; i < LANES; i++)
+        for (int d = i * wide; d < (i + 1) * wide; d += LANES) {
+            const vec grad = load(grads + d) * shares[i];
+            store(grads + d, grad);
+            products[i] += load(contexts + d) * grad;
+        }
+    transpose(products);
+    for (const vec &product : products) mean += product;
+    return mean;
+}
+
 // Adds to the sums of keys, values and these queries; `mean` is the context times its gradient.
-void attend_backward(const Queries &queries, const float *log_sum, const float *mean,
+void attend_backward(const Queries &queries, const vec *largest, const vec *mean,
                      const BackwardMemory &memory) {
+    const vec unchanged[VECTORS] = {all(1), all(1)};
     memset(memory.query_sums, 0, sizeof(float) * ROWS * memory.wide);
     for (int begin = 0; begin < queries.most; begin += BLOCK) {
         const int count = std::min(BLOCK, queries.most - begin);
-        for (int k = 0; k < count; k += TILE) {
-            Tile scores, grads;
-            score(scores, queries, memory.queries, memory.turned_keys, begin + k, memory);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++)
-                    store(memory.weights + r * BLOCK + k + half * LANES,
-                          exp_of<vec, ivec>(scores[r][half] - log_sum[r]));
-            multiply(grads, memory.grads, memory.turned_values, begin + k, memory);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++) {
-                    const int place = r * BLOCK + k + half * LANES;
-                    store(memory.score_grads + place,
-                          load(memory.weights + place) * (grads[r][half] - mean[r]));
-                }
-        }
         const int64_t from = int64_t(begin) * memory.wide;
-        add_weighted(memory.query_sums, memory.score_grads, memory.keys_packed + from, count,
-                     memory.wide);
+        for (int k = 0; k < count; k += TILE) {
+            Tile tile;
+            score(tile, queries, memory.turned_queries, memory.keys_packed, begin + k, memory);
+            for_each_vector<VECTORS>([&](int t, int v) {
+                store(memory.weights + (k + t) * ROWS + v * LANES,
+                      power_of_two(tile[t][v] - largest[v]));
+            });
+            multiply(tile, memory.values + from + k * memory.wide, memory.turned_grads, memory);
+            for_each_vector<VECTORS>([&](int t, int v) {
+                const int place = (k + t) * ROWS + v * LANES;
+                store(memory.score_grads + place,
+                      load(memory.weights + place) * (tile[t][v] - mean[v]));
+            });
+        }
+        add_weighted(memory.query_sums, unchanged, memory.score_grads, memory.keys_packed + from,
+                     count, memory);
         add_outer(memory.key_sums + from, memory.score_grads, memory.queries, count, memory.wide);
         add_outer(memory.value_sums + from, memory.weights, memory.grads, count, memory.wide);
     }
-}
-
-void unpack(const Heads &to, int64_t first, int head, int count, const float *from,
-            const Memory &memory, float scale = 1) {
-    for (int i = 0; i < count; i++, from += memory.wide)
-        for (int d = 0; d < memory.width; d++) at(to, first + i, head)[d] = from[d] * scale;
 }
 
 }  // namespace
 
 extern "C" {
 
-// Writes context [queries, heads, width] and log_sums [heads, queries], the logarithm of each
-// softmax's sum. Returns whether there was memory for it.
-bool attention_forward(const Row *given, Heads context, float *log_sums) {
+// Writes context [queries, heads, width] and softmaxes [2, heads, queries], the largest score and
+// the inverse of the sum of each. Returns whether there was memory for it.
+bool attention_forward(const Row *given, Heads context, float *softmaxes) {
     const Row &row = *given;
+    const int64_t shares_at = int64_t(row.key_heads) * row.queries_per_key * row.queries;
     return for_each_head<ForwardMemory>(row, [&](const Sample &sample, int g, const auto &memory) {
-        pack_turned(memory.turned_keys, row.key, sample, g, memory.width);
+        pack(memory.keys_packed, row.key, sample.key, g, sample.keys, sample.padded_keys, memory);
         pack(memory.values, row.value, sample.key, g, sample.keys, sample.padded_keys, memory);
-        for (int h = g * row.queries_per_key; h < (g + 1) * row.queries_per_key; h++)
-            for (int begin = 0; begin < sample.queries; begin += ROWS) {
-                const Queries queries(row, sample, begin);
-                pack(memory.queries, row.query, queries.first, h, queries.count, ROWS, memory,
-                     row.scale);
-                const Softmax softmax = attend(queries, memory);
-                for (int r = 0; r < queries.count; r++) {
-                    unpack(context, queries.first + r, h, 1, memory.sums + r * memory.wide, memory,
-                           1 / softmax.total[r]);
-                    log_sums[int64_t(h) * row.queries + queries.first + r] =
-                        softmax.largest[r] + std::log(softmax.total[r]);
-                }
+        for (int i = 0; i < Queries::parts_of(row, sample); i += VECTORS) {
+            const Queries queries(row, sample, g, i);
+            pack(memory.queries, row.query, queries, memory, row.scale * M_LOG2E);
+            turn(memory.turned_queries, memory.queries, memory);
+            const Softmax softmax = attend(queries, memory);
+            vec shares[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                const Part &part = queries.parts[v];
+                float *to = softmaxes + int64_t(part.head) * row.queries + part.first;
+                shares[v] = 1 / softmax.total[v];
+                store(to, softmax.largest[v], part.count);
+                store(to + shares_at, shares[v], part.count);
             }
+            unpack(context, queries, memory.sums, shares, memory);
+        }
     });
 }
 
 // Writes the gradients of query, key and value, given what forward wrote and the context's gradient.
-bool attention_backward(const Row *given, Heads context, const float *log_sums, Heads context_grad,
-              Heads query_grad, Heads key_grad, Heads value_grad) {
+bool attention_backward(const Row *given, Heads context, const float *softmaxes,
+                        Heads context_grad, Heads query_grad, Heads key_grad, Heads value_grad) {
     const Row &row = *given;
+    const int64_t shares_at = int64_t(row.key_heads) * row.queries_per_key * row.queries;
     return for_each_head<BackwardMemory>(row, [&](const Sample &sample, int g, const auto &memory) {
-        pack_turned(memory.turned_keys, row.key, sample, g, memory.width);
-        pack_turned(memory.turned_values, row.value, sample, g, memory.width);
         pack(memory.keys_packed, row.key, sample.key, g, sample.keys, sample.padded_keys, memory);
+        pack(memory.values, row.value, sample.key, g, sample.keys, sample.padded_keys, memory);
         const int64_t size = sizeof(float) * int64_t(sample.padded_keys) * memory.wide;
         memset(memory.key_sums, 0, size);
         memset(memory.value_sums, 0, size);
-        for (int h = g * row.queries_per_key; h < (g + 1) * row.queries_per_key; h++)
-            for (int begin = 0; begin < sample.queries; begin += ROWS) {
-                const Queries queries(row, sample, begin);
-                pack(memory.queries, row.query, queries.first, h, queries.count, ROWS, memory,
-                     row.scale);
-                pack(memory.grads, context_grad, queries.first, h, queries.count, ROWS, memory);
-                pack(memory.contexts, context, queries.first, h, queries.count, ROWS, memory);
-                float log_sum[ROWS] = {}, mean[ROWS] = {};
-                for (int r = 0; r < queries.count; r++) {
-                    vec sum{};
-                    for (int d = r * memory.wide; d < (r + 1) * memory.wide; d += LANES)
-                        sum += load(memory.contexts + d) * load(memory.grads + d);
-                    mean[r] = sum_of(sum);
-                    log_sum[r] = log_sums[int64_t(h) * row.queries + queries.first + r];
-                }
-                attend_backward(queries, log_sum, mean, memory);
-                unpack(query_grad, queries.first, h, queries.count, memory.query_sums, memory,
-                       row.scale);
+        for (int i = 0; i < Queries::parts_of(row, sample); i += VECTORS) {
+            const Queries queries(row, sample, g, i);
+            pack(memory.queries, row.query, queries, memory, row.scale * M_LOG2E);
+            pack(memory.grads, context_grad, queries, memory);
+            pack(memory.contexts, context, queries, memory);
+            vec largest[VECTORS], mean[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                const Part &part = queries.parts[v];
+                const float *from = softmaxes + int64_t(part.head) * row.queries + part.first;
+                const int rows = v * LANES * memory.wide;
+                largest[v] = load(from, part.count);
+                mean[v] = weigh_grads(memory.grads + rows, memory.contexts + rows,
+                                      load(from + shares_at, part.count), memory.wide);
             }
-        unpack(key_grad, sample.key, g, sample.keys, memory.key_sums, memory);
-        unpack(value_grad, sample.key, g, sample.keys, memory.value_sums, memory);
+            turn(memory.turned_queries, memory.queries, memory);
+            turn(memory.turned_grads, memory.grads, memory);
+            attend_backward(queries, largest, mean, memory);
+            const vec scales[VECTORS] = {all(row.scale), all(row.scale)};
+            unpack(query_grad, queries, memory.query_sums, scales, memory);
+        }
+        // the packed queries are times log2(e), too
+        unpack(key_grad, sample, g, memory.key_sums, memory, M_LN2);
+        unpack(value_grad, sample, g, memory.value_sums, memory, 1);
     });
 }
 }

@@ -63,19 +63,19 @@ class _Attention(torch.autograd.Function):
         given = (_wide(query_SND), _wide(key_TGD), _wide(value_TGD),
                  query_starts, key_starts, visible)  # fmt: skip
         context = torch.empty(query_SND.shape)
-        log_sums = torch.empty(query_SND.shape[1], query_SND.shape[0])
-        _call("attention_forward", _row(*given, scale=scale), _heads(context), log_sums.data_ptr())
-        ctx.save_for_backward(*given, context, log_sums)
+        softmaxes = torch.empty(2, query_SND.shape[1], query_SND.shape[0])
+        _call("attention_forward", _row(*given, scale=scale), _heads(context), softmaxes.data_ptr())
+        ctx.save_for_backward(*given, context, softmaxes)
         ctx.scale = scale
         return context
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SND: Tensor) -> tuple[Tensor | None, ...]:
-        *given, context, log_sums = ctx.saved_tensors
+        *given, context, softmaxes = ctx.saved_tensors
         grads = [torch.empty(x.shape) for x in given[:3]]
         grad_SND, row = _wide(grad_SND), _row(*given, scale=ctx.scale)
-        _call("attention_backward", row, _heads(context), log_sums.data_ptr(), _heads(grad_SND),
+        _call("attention_backward", row, _heads(context), softmaxes.data_ptr(), _heads(grad_SND),
               *map(_heads, grads))  # fmt: skip
         return *grads, None, None, None, None
 
