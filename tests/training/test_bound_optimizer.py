@@ -98,13 +98,13 @@ def test_it_updates_as_megatrons_own(
     one_rank: None, tiny_model: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, case: str,
 ) -> None:  # fmt: skip
-    """Several optimizers, experts' beside the rest's; the norm is rounded elsewhere."""
+    """Bit for bit, but for the norm: its sum is rounded elsewhere."""
     from megatron.core.optimizer import ChainedOptimizer
 
     from vlmcore import megatron_cpu
     from vlmcore.training import model, optimizer
 
-    hf_dir = tiny_model("qwen3_vl_moe")
+    hf_dir = tiny_model("qwen3_vl")
     found, state = three_steps(CASES[case], hf_dir, tmp_path / "bound")
     monkeypatch.setattr(optimizer, "BoundOptimizer", ChainedOptimizer)
     monkeypatch.setattr(model, "_accumulate_in_buffers", lambda chunk: None)
@@ -130,9 +130,8 @@ def test_gradients_and_weights_stay_in_their_buffers(
     def check(training: Any) -> None:
         training.gather_weights()
         in_place = case == "fp32"  # else a hook has to add them
-        trained = training.chunks[0].params_with_grad
-        assert sum(bool(weight.main_grad.any()) for weight in trained) > len(trained) / 2
-        for weight in trained:
+        for weight in training.chunks[0].params_with_grad:
+            assert weight.main_grad.any()
             if in_place:
                 assert weight.grad.data_ptr() == weight.main_grad.data_ptr()
             else:
@@ -147,4 +146,4 @@ def test_gradients_and_weights_stay_in_their_buffers(
                 assert begin <= weight.data_ptr() < begin + size
                 assert torch.equal(weight.detach().flatten(), shard.to(weight.dtype))
 
-    three_steps(CASES[case], tiny_model("qwen3_vl_moe"), tmp_path / "state", check)
+    three_steps(CASES[case], tiny_model("qwen3_vl"), tmp_path / "state", check)
