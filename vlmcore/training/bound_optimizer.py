@@ -27,19 +27,15 @@ class BoundOptimizer(ChainedOptimizer):
     """One update of what several distributed optimizers hold; state and checkpoints are Megatron's.
 
     Args:
-        parts: Megatron's optimizers over gradient buffers in fp32, none of them offloading. Those
-            without parameters on this rank take part in what all ranks do together.
+        parts: Megatron's optimizers over gradient buffers in fp32. Those without parameters on this
+            rank take part in what all ranks do together.
     """
 
     def __init__(self, parts: list[MegatronOptimizer]) -> None:
         super().__init__(parts)
         self._busy: list[Any] = [part for part in parts if not part.is_stub_optimizer]
-        for part in self._busy:
-            for model_param, shard in _shards(part):
-                shard.grad = _piece(part, model_param, shard)
+        self._grads = joined([grad for part in self._busy for grad in _bind(part)])
         self._weights = [pair for part in self._busy for pair in _half_weights(part)]
-        own = (shard for part in self._busy for shard in part.get_parameters())
-        self._grads = joined(shard.grad for shard in own)
         # each gradient once: tensor parallel ranks hold some in common
         counted = (grad for part in self._busy for grad in part.get_main_grads_for_grad_norm())
         self._counted = joined(counted)
@@ -50,6 +46,9 @@ class BoundOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Divides gradients by the loss scale, where there is one; whether any overflowed."""
+        for part in self._busy:
+            if _offloads(part):  # loading a checkpoint makes a hybrid optimizer drop its gradients
+                part._copy_model_grads_to_main_grads()
         found = False
         for part in self.chained_optimizers:
             if part.grad_scaler is not None:
@@ -104,27 +103,38 @@ def _follows(run: Tensor, tensor: Tensor) -> bool:
     return same and run.storage_offset() + len(run) == tensor.storage_offset()
 
 
-def _shards(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """Parameters of the model, each with the part of it that this rank updates, in fp32."""
-    for groups, shards in (
-        (part.model_float16_groups, part.shard_fp32_from_float16_groups),
-        (part.model_fp32_groups, part.shard_fp32_groups),
-    ):
-        for group, of_group in zip(groups, shards, strict=True):
-            yield from zip(group, of_group, strict=True)
+def _bind(part: Any) -> list[Tensor]:
+    """The gradients of an optimizer, each from now on that of its shard."""
+    name = "decoupled_grad" if _offloads(part) else "grad"  # of a type unlike the shard's
+    grads = []
+    for model_param, shard in _shards(part):
+        where = part._get_model_param_range_map(model_param)["param"]
+        grad: Tensor = model_param.main_grad.view(-1)[where.start : where.end]
+        assert grad.dtype == torch.float32 and len(grad) == shard.numel()
+        setattr(shard, name, grad)
+        grads.append(grad)
+    return grads
 
 
-def _piece(part: DistributedOptimizer, model_param: Any, shard: Tensor) -> Tensor:
-    """The gradient of a shard, in the buffer."""
-    where = part._get_model_param_range_map(model_param)["param"]
-    piece: Tensor = model_param.main_grad.view(-1)[where.start : where.end]
-    assert piece.dtype == torch.float32 and len(piece) == shard.numel()
-    return piece
+def _shards(part: DistributedOptimizer) -> Iterator[tuple[Any, Tensor]]:
+    """Parameters of the model, each with the part of it that this rank updates."""
+    of_half = part.shard_float16_groups if _offloads(part) else part.shard_fp32_from_float16_groups
+    yield from _pairs(part.model_float16_groups, of_half)
+    yield from _pairs(part.model_fp32_groups, part.shard_fp32_groups)
 
 
 def _half_weights(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     """What the model reads in half precision, each with what is updated in fp32; fp32 weights are
     updated in the model itself."""
-    models, mains = part.shard_float16_groups, part.shard_fp32_from_float16_groups
-    for group, of_group in zip(models, mains, strict=True):
-        yield from zip(group, of_group, strict=True)
+    if not _offloads(part):  # then Megatron's hybrid optimizer copies
+        yield from _pairs(part.shard_float16_groups, part.shard_fp32_from_float16_groups)
+
+
+def _pairs(ones: list[list[Any]], others: list[list[Any]]) -> Iterator[tuple[Any, Any]]:
+    """Members of groups, side by side."""
+    for one, other in zip(ones, others, strict=True):
+        yield from zip(one, other, strict=True)
+
+
+def _offloads(part: DistributedOptimizer) -> bool:
+    return bool(part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8)

@@ -70,7 +70,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         grads: Any = [p.grad for p in params]
         step = torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
         torch._fused_adamw_(
-            [p.data for p in params],
+            params,
             grads,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -144,8 +144,8 @@ def build_optimizer(
             # a checkpoint tells groups of parameters apart by lr_mult
             override = {"max_lr": rate, "min_lr": stage.min_lr * ratio, "lr_mult": ratio}
             overrides[_key_of(group, family)] = override
-    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
-    parts = optimizer.chained_optimizers
+    chained = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    parts = chained.chained_optimizers
     for part in parts:
         if part.init_state_fn is not None:  # a checkpoint may come before the first update
             part.init_state_fn(part.optimizer, config)
@@ -153,8 +153,7 @@ def build_optimizer(
         scaler = SharedGradScaler(config, num_optimizers=len(parts))
         for part in parts:
             part.grad_scaler = scaler
-    # beside offloaded parameters Megatron moves gradients itself
-    return optimizer if stage.optimizer_cpu_offload else BoundOptimizer(parts)
+    return BoundOptimizer(parts)
 
 
 def _key_of(group: FreezeGroup, family: Family) -> ParamKey:

@@ -55,7 +55,6 @@ class TrainStep:
             counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
             scale = float(self.optimizer.get_loss_scale())  # of this step; the update may change it
         if self.router_losses is not None:
             self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
