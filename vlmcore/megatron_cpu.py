@@ -175,7 +175,8 @@ def _replace_collectives() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     distributed: Any = dist
-    distributed.all_reduce = _unless_alone(dist.all_reduce, lambda tensor, *_, **__: None)
+    for name in ("all_reduce", "broadcast"):
+        setattr(distributed, name, _unless_alone(getattr(dist, name), _no_op()))
     buffer: Any = param_and_grad_buffer
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
         setattr(buffer, name, _unless_alone(getattr(buffer, name), _copy_own))

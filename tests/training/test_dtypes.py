@@ -114,7 +114,11 @@ def test_steps_without_an_overflow_double_the_loss_scale(results: Any, name: str
 @pytest.mark.parametrize("layout", ["", "_ep"])
 def test_an_overflow_in_one_expert_skips_the_step_of_all(results: Any, layout: str) -> None:
     """The scale is halved once, and kept over a restart; the steps that follow it are those of a
-    run without an overflow, whose loss is scaled by another power of two."""
+    run without an overflow, whose loss is scaled by another power of two.
+
+    Tolerance of the norm: 1e-7 more or less of one step's clipping rounds some half weights
+    otherwise, and is 1.4e-3 of the norm four steps later.
+    """
     outcomes = results[f"one_expert_overflows{layout}"]
     skipped = outcomes.pop(OVERFLOW_AT)
     assert not skipped["updated"] and not skipped["moved"]
@@ -122,8 +126,8 @@ def test_an_overflow_in_one_expert_skips_the_step_of_all(results: Any, layout: s
     assert skipped["loss_scale"] == 64.0
     assert [o["loss_scale"] for o in outcomes] == [64.0] * OVERFLOW_AT + [32.0] * 4
     steady = results[f"experts_fp16{layout}"][: len(outcomes)]
-    for name in ("loss", "grad_norm", "rate"):
-        expected = pytest.approx([outcome[name] for outcome in steady], rel=1e-3)
+    for name, tolerance in (("loss", 1e-3), ("grad_norm", 5e-3), ("rate", 1e-3)):
+        expected = pytest.approx([outcome[name] for outcome in steady], rel=tolerance)
         assert [outcome[name] for outcome in outcomes] == expected
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,5 +60,5 @@ def num_real(row: PackedRow) -> int:
 
 def _attended_pairs(row: PackedRow) -> int:
     """Pairs of a token and one that it attends to, itself included."""
-    lengths = row.cu_seqlens.long().diff()[: row.num_samples]
-    return int((lengths * (lengths + 1) // 2).sum())
+    ends = row.cu_seqlens[: row.num_samples + 1].tolist()
+    return sum((end - start) * (end - start + 1) // 2 for start, end in pairwise(ends))

@@ -33,7 +33,7 @@ from vlmcore.models.folder import load_folder, save_folder
 from vlmcore.models.vision import unreached_weights
 from vlmcore.models.vision_language import VisionLanguageModel
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training import torch_dist_state
+from vlmcore.training import finalize, torch_dist_state
 from vlmcore.training.engine import Saving
 from vlmcore.training.freezing import apply_freezes, require_training, trainable_table
 from vlmcore.training.job import ADAPTER, TrainJob
@@ -185,6 +185,7 @@ def prepare(
     optimizer = build_optimizer(chunks, stage, family)
     config = modules[0].config
     config.grad_scale_func = optimizer.scale_loss
+    finalize.install()
     config.finalize_model_grads_func = finalize_model_grads
     return Training(
         modules=modules,
@@ -242,7 +243,20 @@ def _with_gradient_buffers(
     if stage.overlap_grad_reduce:  # only a step's last micro batch sends
         quiet = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = quiet if len(quiet) > 1 else quiet[0]
+    elif all(
+        weight.dtype == weight.main_grad.dtype for c in chunks for weight in c.params_with_grad
+    ):
+        for chunk in chunks:
+            _accumulate_in_buffers(chunk)
     return chunks
+
+
+def _accumulate_in_buffers(chunk: DistributedDataParallel) -> None:
+    """Has backward itself add gradients to the buffers, which Megatron leaves to a Python hook of
+    each weight."""
+    chunk.grad_accs.clear()  # the hooks live in these nodes, which nothing else keeps
+    for weight in chunk.params_with_grad:
+        weight.grad = weight.main_grad
 
 
 def _megatron_fields(stage: TrainStage) -> dict[str, Any]:

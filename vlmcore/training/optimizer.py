@@ -23,7 +23,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from vlmcore.families import Family, FreezeGroup
 from vlmcore.recipe.train_stage import TrainStage
-from vlmcore.training import bucket_padding, gradient_norm
+from vlmcore.training import bucket_padding
+from vlmcore.training.bound_optimizer import BoundOptimizer
 from vlmcore.training.freeze_groups import group_rates
 from vlmcore.training.freezing import freeze_group
 from vlmcore.training.loss_scale import SharedGradScaler
@@ -61,18 +62,18 @@ class GroupStepAdam(torch.optim.Optimizer):
                 self._update(group, params)
 
     def _update(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        for p in params:
-            if "exp_avg" not in self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states, strict=True):
+            if "exp_avg" not in state:
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         beta1, beta2 = group["betas"]
         grads: Any = [p.grad for p in params]
         step = torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
         torch._fused_adamw_(
-            [p.data for p in params],
+            params,
             grads,
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
             [step] * len(params),
             lr=group["lr"],
@@ -109,7 +110,6 @@ def build_optimizer(
     """
     _teach_megatron(offloads=stage.optimizer_cpu_offload)
     bucket_padding.install()
-    gradient_norm.install()
     config = OptimizerConfig(
         optimizer="adam",
         lr=stage.learning_rate,
@@ -144,8 +144,8 @@ def build_optimizer(
             # a checkpoint tells groups of parameters apart by lr_mult
             override = {"max_lr": rate, "min_lr": stage.min_lr * ratio, "lr_mult": ratio}
             overrides[_key_of(group, family)] = override
-    optimizer = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
-    parts = optimizer.chained_optimizers
+    chained = get_megatron_optimizer(config, list(chunks), config_overrides=overrides)
+    parts = chained.chained_optimizers
     for part in parts:
         if part.init_state_fn is not None:  # a checkpoint may come before the first update
             part.init_state_fn(part.optimizer, config)
@@ -153,7 +153,7 @@ def build_optimizer(
         scaler = SharedGradScaler(config, num_optimizers=len(parts))
         for part in parts:
             part.grad_scaler = scaler
-    return optimizer
+    return BoundOptimizer(parts)
 
 
 def _key_of(group: FreezeGroup, family: Family) -> ParamKey:

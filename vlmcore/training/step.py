@@ -51,18 +51,17 @@ class TrainStep:
             losses, counts of tokens, trained tokens, samples and dropped samples over all data
             parallel ranks, and the largest memory of a rank.
         """
-        counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
-        if self.router_losses is not None:
-            self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
         with megatron_cpu.suspended():
+            counts = counts_of(batch, group=parallel_state.get_data_parallel_group())
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-        scale = float(self.optimizer.get_loss_scale())  # of this step; the update may change it
+            scale = float(self.optimizer.get_loss_scale())  # of this step; the update may change it
+        if self.router_losses is not None:
+            self.router_losses.weigh(tokens=counts["tokens"], loss_tokens=counts["loss_tokens"])
         parts = self._forward_backward(batch, forward_only=False)
         with megatron_cpu.suspended():
             updated, grad_norm, _ = self.optimizer.step()
-        total, memory = _over_all_ranks(parts)
+            total, memory = _over_all_ranks(parts)
         outcome = {
             "loss": total / max(counts["loss_tokens"], 1),
             "grad_norm": math.inf if grad_norm is None else float(grad_norm),
