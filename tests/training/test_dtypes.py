@@ -126,7 +126,7 @@ def test_an_overflow_in_one_expert_skips_the_step_of_all(results: Any, layout: s
     assert skipped["loss_scale"] == 64.0
     assert [o["loss_scale"] for o in outcomes] == [64.0] * OVERFLOW_AT + [32.0] * 4
     steady = results[f"experts_fp16{layout}"][: len(outcomes)]
-    for name, tolerance in (("loss", 1e-3), ("grad_norm", 5e-3), ("rate", 1e-3)):
+    for name, tolerance in (("loss", 1e-3), ("grad_norm", 3e-3), ("rate", 1e-3)):
         expected = pytest.approx([outcome[name] for outcome in steady], rel=tolerance)
         assert [outcome[name] for outcome in outcomes] == expected
 
