@@ -6,8 +6,6 @@
 #include <thread>
 #include <vector>
 
-#include "exponential.h"
-
 namespace {
 
 // Calls work(part, first row, row after the last) for each part, on a thread each.
@@ -20,8 +18,24 @@ void for_each_part(int parts, int64_t rows, Work work) {
     for (auto &thread : threads) thread.join();
 }
 
+// e^x of x <= 0, and 0 below -87: 2^n times Cephes' polynomial (expf) of what is left of x.
+inline float exp_of(float x) {
+    const float turns = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the last bits are then n
+    const float n = turns - 12582912.f;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.f);
+    const int32_t power = __builtin_bit_cast(int32_t, turns) << 23;
+    const float result = __builtin_bit_cast(float, __builtin_bit_cast(int32_t, p) + power);
+    return x < -87.f ? 0 : result;
+}
+
 inline float sigmoid(float x) {
-    const float small = exp_of<float, int32_t>(-std::fabs(x));
+    const float small = exp_of(-std::fabs(x));
     return (x < 0 ? small : 1) / (1 + small);
 }
 
