@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,7 @@ def test_a_killed_up_takes_its_runs_along_and_the_next_one_is_free_to_run(tmp_pa
 
 
 VLMFLOW = (sys.executable, "-m", "flows")
+BUSY_TRIES = 10  # Prefect says so while SQLite is locked; its own client asks again, too
 
 
 class Api:
@@ -168,8 +171,16 @@ class Api:
             method=method,
         )
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=30) as response:
-            return json.loads(response.read() or "null")
+        tries = 0
+        while True:
+            try:
+                with opener.open(request, timeout=30) as response:
+                    return json.loads(response.read() or "null")
+            except urllib.error.HTTPError as error:
+                tries += 1
+                if error.code != HTTPStatus.SERVICE_UNAVAILABLE or tries == BUSY_TRIES:
+                    raise
+            time.sleep(1)
 
     def start(self, deployment: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
         path = f"deployments/{deployment['id']}/create_flow_run"
