@@ -31,6 +31,7 @@ MODELS = ("qwen2.5-vl-3b", "qwen3-vl-8b")
 TUNERS = ("align", "full", "lora")
 SYSTEMS = ("vlmflow", "transformers")
 PADDED_TOGETHER = 4  # samples that plain transformers takes at once
+FRAMES_OF_A_PATCH = 2  # of both models
 LORA_RANK = 8
 
 
@@ -301,6 +302,9 @@ def padded(batch: list[Any], image_token_id: int, place: str) -> dict[str, Any]:
         name: torch.cat([sample.vision[name] for sample in batch]).to(place)
         for name in batch[0].vision
     }
+    # our rows hold an image once, transformers' model wants it in each frame of a patch
+    frame = vision["pixel_values"].unflatten(1, (3, 1, -1))
+    vision["pixel_values"] = frame.expand(-1, -1, FRAMES_OF_A_PATCH, -1).flatten(1)
     return {
         "input_ids": ids,
         "attention_mask": joined([torch.ones_like(sample.input_ids) for sample in batch], 0),
